@@ -1,0 +1,197 @@
+// SPDX-License-Identifier: Apache-2.0
+/// @file
+/// `tensor_view`: a pointer, extents and strides over memory somebody else owns.
+#pragma once
+
+#include <restkv/core/config.hpp>
+
+#include <array>
+#include <cassert>
+#include <concepts>
+#include <type_traits>
+
+namespace restkv {
+
+/// Where the memory of a view lies. Part of the type, so that a host pointer handed to a kernel does not compile.
+enum class memory_space { host, device };
+
+/// A non-owning view of a strided tensor. Trivially copyable; passed by value.
+///
+/// Extents and strides are in elements. Any strides work, so [batch, heads, tokens, head_dim] and
+/// [batch, tokens, heads, head_dim] are the same view type with other strides. A stride of 0 repeats.
+template <class T, std::size_t Rank, memory_space Space = memory_space::host>
+struct tensor_view {
+  using element_type = T;
+  using value_type = std::remove_cv_t<T>;
+  static constexpr std::size_t rank = Rank;
+  static constexpr memory_space space = Space;
+
+  T* data = nullptr;
+  std::array<index_t, Rank> extents{};
+  std::array<index_t, Rank> strides{};
+
+  constexpr tensor_view() = default;
+
+  /// A dense, row-major view: the last axis is contiguous.
+  constexpr tensor_view(T* pointer, const std::array<index_t, Rank>& sizes) noexcept : data(pointer), extents(sizes) {
+    index_t stride = 1;
+    for (std::size_t axis = Rank; axis-- > 0;) {
+      strides[axis] = stride;
+      stride *= sizes[axis];
+    }
+  }
+
+  constexpr tensor_view(T* pointer, const std::array<index_t, Rank>& sizes,
+                        const std::array<index_t, Rank>& steps) noexcept
+      : data(pointer), extents(sizes), strides(steps) {}
+
+  /// A view of mutable elements is a view of const ones; the memory space never changes.
+  template <class U>
+    requires(std::is_same_v<const U, T> && !std::is_same_v<U, T>)
+  constexpr tensor_view(const tensor_view<U, Rank, Space>& other) noexcept  // NOLINT(google-explicit-constructor)
+      : data(other.data), extents(other.extents), strides(other.strides) {}
+
+  [[nodiscard]] RESTKV_HD constexpr index_t extent(std::size_t axis) const noexcept { return extents[axis]; }
+  [[nodiscard]] RESTKV_HD constexpr index_t stride(std::size_t axis) const noexcept { return strides[axis]; }
+
+  /// Number of elements; 0 when any extent is 0.
+  [[nodiscard]] RESTKV_HD constexpr index_t size() const noexcept {
+    index_t n = 1;
+    for (std::size_t axis = 0; axis < Rank; ++axis) n *= extents[axis];
+    return n;
+  }
+  [[nodiscard]] RESTKV_HD constexpr bool empty() const noexcept { return data == nullptr || size() == 0; }
+
+  /// Offset of an element from `data`, in elements.
+  template <std::convertible_to<index_t>... Index>
+    requires(sizeof...(Index) == Rank)
+  [[nodiscard]] RESTKV_HD constexpr index_t offset(Index... index) const noexcept {
+    std::size_t axis = 0;
+    index_t sum = 0;
+    ((sum += static_cast<index_t>(index) * strides[axis++]), ...);
+    return sum;
+  }
+
+  /// The element at an index. Bounds are the caller's, checked in debug builds.
+  template <std::convertible_to<index_t>... Index>
+    requires(sizeof...(Index) == Rank)
+  [[nodiscard]] RESTKV_HD constexpr T& operator()(Index... index) const noexcept {
+    assert(contains(index...));
+    return data[offset(index...)];
+  }
+
+  template <std::convertible_to<index_t>... Index>
+    requires(sizeof...(Index) == Rank)
+  [[nodiscard]] RESTKV_HD constexpr bool contains(Index... index) const noexcept {
+    std::size_t axis = 0;
+    bool inside = true;
+    ((inside = inside && static_cast<index_t>(index) >= 0 && static_cast<index_t>(index) < extents[axis], ++axis), ...);
+    return inside;
+  }
+
+  /// The part [begin, begin + count) of one axis.
+  [[nodiscard]] RESTKV_HD constexpr tensor_view slice(std::size_t axis, index_t begin, index_t count) const noexcept {
+    tensor_view part = *this;
+    if (part.data != nullptr) part.data += begin * strides[axis];
+    part.extents[axis] = count;
+    return part;
+  }
+
+  /// The view of rank one less at `index` on the first axis.
+  [[nodiscard]] RESTKV_HD constexpr tensor_view<T, Rank - 1, Space> operator[](index_t index) const noexcept
+    requires(Rank > 1)
+  {
+    tensor_view<T, Rank - 1, Space> part;
+    part.data = data == nullptr ? nullptr : data + index * strides[0];
+    for (std::size_t axis = 1; axis < Rank; ++axis) {
+      part.extents[axis - 1] = extents[axis];
+      part.strides[axis - 1] = strides[axis];
+    }
+    return part;
+  }
+
+  /// True when elements follow each other without gaps in row-major order.
+  [[nodiscard]] RESTKV_HD constexpr bool dense() const noexcept {
+    index_t expected = 1;
+    for (std::size_t axis = Rank; axis-- > 0;) {
+      if (extents[axis] != 1 && strides[axis] != expected) return false;
+      expected *= extents[axis];
+    }
+    return true;
+  }
+};
+
+/// The bytes a view can touch, [first, last); equal pointers for an empty view. For aliasing checks.
+struct byte_range {
+  const unsigned char* first = nullptr;
+  const unsigned char* last = nullptr;
+
+  [[nodiscard]] constexpr bool overlaps(const byte_range& other) const noexcept {
+    return first != last && other.first != other.last && first < other.last && other.first < last;
+  }
+};
+
+template <class T, std::size_t Rank, memory_space Space>
+[[nodiscard]] byte_range touched_bytes(const tensor_view<T, Rank, Space>& view) noexcept {
+  if (view.empty()) return {};
+  index_t low = 0;
+  index_t high = 0;
+  for (std::size_t axis = 0; axis < Rank; ++axis) {
+    const index_t reach = (view.extents[axis] - 1) * view.strides[axis];
+    (reach < 0 ? low : high) += reach;
+  }
+  return {reinterpret_cast<const unsigned char*>(view.data + low),
+          reinterpret_cast<const unsigned char*>(view.data + high + 1)};
+}
+
+/// A tensor whose token axis (axis 2 of [batch, heads, tokens, head_dim]) is split over several views, as a prompt
+/// that arrived in chunks leaves it. One view converts to it, so code that has a single buffer never notices.
+///
+/// All chunks have the same batch, heads and head_dim. The views are referenced, not copied: they must outlive this.
+template <class T, memory_space Space = memory_space::host>
+class chunked_tensor_view {
+ public:
+  using view_type = tensor_view<T, 4, Space>;
+  using value_type = std::remove_cv_t<T>;
+
+  constexpr chunked_tensor_view() = default;
+  constexpr chunked_tensor_view(const view_type& whole) noexcept  // NOLINT(google-explicit-constructor)
+      : single_(whole), count_(1) {}
+  template <class U>
+    requires(std::is_same_v<const U, T> && !std::is_same_v<U, T>)
+  constexpr chunked_tensor_view(const tensor_view<U, 4, Space>& whole) noexcept  // NOLINT(google-explicit-constructor)
+      : single_(whole), count_(1) {}
+  /// `count` views, in token order.
+  constexpr chunked_tensor_view(const view_type* chunks, index_t count) noexcept : chunks_(chunks), count_(count) {}
+
+  [[nodiscard]] constexpr index_t chunks() const noexcept { return count_; }
+  [[nodiscard]] constexpr const view_type& chunk(index_t i) const noexcept {
+    return chunks_ != nullptr ? chunks_[i] : single_;
+  }
+  /// Extent of an axis; that of the token axis is the sum over the chunks.
+  [[nodiscard]] constexpr index_t extent(std::size_t axis) const noexcept {
+    if (count_ == 0) return 0;
+    if (axis != 2) return chunk(0).extents[axis];
+    index_t tokens = 0;
+    for (index_t i = 0; i < count_; ++i) tokens += chunk(i).extents[2];
+    return tokens;
+  }
+  [[nodiscard]] constexpr bool missing() const noexcept { return count_ == 0; }
+
+  /// The chunk that holds token `token`, as a view whose token axis starts at that token.
+  [[nodiscard]] constexpr view_type from_token(index_t token) const noexcept {
+    for (index_t i = 0; i < count_; ++i) {
+      const view_type& part = chunk(i);
+      if (token < part.extents[2]) return part.slice(2, token, part.extents[2] - token);
+      token -= part.extents[2];
+    }
+    return {};
+  }
+
+ private:
+  view_type single_{};
+  const view_type* chunks_ = nullptr;
+  index_t count_ = 0;
+};
+
+}  // namespace restkv
