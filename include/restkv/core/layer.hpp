@@ -1,0 +1,190 @@
+// SPDX-License-Identifier: Apache-2.0
+/// @file
+/// What one attention layer hands over: `layer_view`, its `problem_shape`, and where each sequence lies in the batch.
+#pragma once
+
+#include <restkv/core/dtype.hpp>
+#include <restkv/core/status.hpp>
+#include <restkv/core/tensor_view.hpp>
+
+#include <algorithm>
+
+namespace restkv {
+
+/// Where the real tokens of a sequence shorter than the token axis lie: `left` padding puts them at its end,
+/// `right` padding at its beginning.
+enum class padding { left, right };
+
+/// The metric in which a change of a head's output is measured, prepared from W_O once, when the model is loaded
+/// (`make_output_metric`). G[h] = W[h]^T W[h] is the Gram matrix of the head's slice of the output projection.
+struct output_metric_view {
+  /// G[h], in double. [query_heads, head_dim, head_dim]
+  tensor_view<const double, 3> gram{};
+  /// R[h] with R^T R = G, so that ||W x|| = ||R x||; row r is sqrt(lambda_r) times the r-th eigenvector of G, the
+  /// largest eigenvalue first. [query_heads, head_dim, head_dim]
+  tensor_view<const float, 3> factor{};
+  /// lambda_r, descending, never negative. [query_heads, head_dim]
+  tensor_view<const float, 2> spectrum{};
+
+  [[nodiscard]] constexpr bool missing() const noexcept { return gram.data == nullptr; }
+};
+
+/// One attention layer's problem: views of memory the engine owns. Keys and queries are after RoPE.
+///
+/// `query` holds the last `n` queries of each sequence, oldest first, n >= the policy's window. With right padding and
+/// n equal to the token axis, row i is the query of token i instead (the engine's whole query tensor).
+template <element T, memory_space Space = memory_space::host>
+struct layer_view {
+  using value_type = T;
+
+  tensor_view<const T, 4, Space> query{};          ///< [batch, query_heads, n, head_dim]
+  chunked_tensor_view<const T, Space> key{};       ///< [batch, kv_heads, tokens, head_dim]
+  chunked_tensor_view<const T, Space> value{};     ///< [batch, kv_heads, tokens, head_dim]
+  tensor_view<const T, 2, Space> projection{};     ///< W_O [hidden, query_heads * head_dim]; optional
+  output_metric_view metric{};                     ///< from W_O; needed by scores in the projection metric
+  tensor_view<const std::int32_t, 1> lengths{};    ///< [batch]; optional, all tokens where missing
+  padding pad = padding::left;                     ///< matters only where lengths are given
+  tensor_view<const std::uint8_t, 2> keep_mask{};  ///< [batch, tokens]; optional, non-zero = never evicted
+};
+
+/// The sizes a plan is made for. A layer may have fewer tokens than `tokens`, never more.
+struct problem_shape {
+  index_t batch = 1;
+  index_t query_heads = 0;
+  index_t kv_heads = 0;
+  index_t head_dim = 0;
+  index_t tokens = 0;  ///< longest sequence (token axis)
+  index_t layer = 0;   ///< index of this layer, for budgets that depend on depth
+  index_t layers = 1;  ///< number of layers of the model
+
+  /// Query heads per KV head.
+  [[nodiscard]] constexpr index_t group() const noexcept { return kv_heads == 0 ? 0 : query_heads / kv_heads; }
+};
+
+/// The shape of a layer as it stands.
+template <element T, memory_space Space>
+[[nodiscard]] constexpr problem_shape shape_of(const layer_view<T, Space>& layer, index_t index = 0,
+                                               index_t layers = 1) noexcept {
+  return {.batch = layer.key.extent(0),
+          .query_heads = layer.query.extent(1),
+          .kv_heads = layer.key.extent(1),
+          .head_dim = layer.key.extent(3),
+          .tokens = layer.key.extent(2),
+          .layer = index,
+          .layers = layers};
+}
+
+/// The tokens of one sequence on the token axis: [begin, begin + length).
+struct sequence_span {
+  index_t begin = 0;
+  index_t length = 0;
+};
+
+template <element T, memory_space Space>
+[[nodiscard]] constexpr sequence_span sequence(const layer_view<T, Space>& layer, index_t batch) noexcept {
+  const index_t tokens = layer.key.extent(2);
+  if (layer.lengths.data == nullptr) return {0, tokens};
+  const index_t length = layer.lengths(batch);
+  return {layer.pad == padding::left ? tokens - length : 0, length};
+}
+
+/// The last `window` queries of one sequence and head, oldest first. [window, head_dim]
+template <element T, memory_space Space>
+[[nodiscard]] constexpr tensor_view<const T, 2, Space> window_queries(const layer_view<T, Space>& layer, index_t batch,
+                                                                      index_t head, index_t window) noexcept {
+  const index_t rows = layer.query.extent(2);
+  const sequence_span span = sequence(layer, batch);
+  const bool follows_padding = layer.lengths.data != nullptr && layer.pad == padding::right &&
+                               rows == layer.key.extent(2);
+  const index_t last = follows_padding ? span.length : rows;
+  return layer.query[batch][head].slice(0, last - window, window);
+}
+
+/// Checks that the tensors of a layer fit each other and the shape; names the first that does not, with both numbers.
+template <element T, memory_space Space>
+[[nodiscard]] status check_layer(const layer_view<T, Space>& layer, const problem_shape& shape, index_t window,
+                                 bool needs_query, bool needs_value, bool needs_metric) noexcept {
+  const auto mismatch = [](const char* tensor, const char* axis, index_t has, index_t want) {
+    return status::error(errc::shape_mismatch, "%s has %lld %s, the plan has %lld", tensor, static_cast<long long>(has),
+                         axis, static_cast<long long>(want));
+  };
+  const auto check_cache = [&](const char* name, const chunked_tensor_view<const T, Space>& cache) -> status {
+    if (cache.missing()) return status::error(errc::missing_input, "the layer has no %s", name);
+    for (index_t i = 0; i < cache.chunks(); ++i) {
+      const auto& part = cache.chunk(i);
+      if (part.extent(0) != shape.batch) return mismatch(name, "sequences", part.extent(0), shape.batch);
+      if (part.extent(1) != shape.kv_heads) return mismatch(name, "heads", part.extent(1), shape.kv_heads);
+      if (part.extent(3) != shape.head_dim) return mismatch(name, "channels", part.extent(3), shape.head_dim);
+      if (part.extent(2) < 0) return mismatch(name, "tokens", part.extent(2), shape.tokens);
+      if (part.size() > 0 && part.data == nullptr) {
+        return status::error(errc::missing_input, "%s has a null pointer and %lld elements", name,
+                             static_cast<long long>(part.size()));
+      }
+    }
+    return {};
+  };
+  RESTKV_RETURN_IF_FAILED(check_cache("key", layer.key));
+  const index_t tokens = layer.key.extent(2);
+  if (tokens > shape.tokens) return mismatch("key", "tokens", tokens, shape.tokens);
+  if (needs_value) {
+    RESTKV_RETURN_IF_FAILED(check_cache("value", layer.value));
+    if (layer.value.extent(2) != tokens) {
+      return status::error(errc::shape_mismatch, "value has %lld tokens, key has %lld",
+                           static_cast<long long>(layer.value.extent(2)), static_cast<long long>(tokens));
+    }
+  }
+  if (layer.lengths.data != nullptr) {
+    if (layer.lengths.extent(0) != shape.batch) {
+      return mismatch("lengths", "entries", layer.lengths.extent(0), shape.batch);
+    }
+    for (index_t b = 0; b < shape.batch; ++b) {
+      if (layer.lengths(b) < 0 || layer.lengths(b) > tokens) {
+        return status::error(errc::invalid_argument, "sequence %lld has length %lld, the token axis holds %lld",
+                             static_cast<long long>(b), static_cast<long long>(layer.lengths(b)),
+                             static_cast<long long>(tokens));
+      }
+    }
+  }
+  if (needs_query) {
+    if (layer.query.data == nullptr && layer.query.size() > 0) {
+      return status::error(errc::missing_input, "query has a null pointer and %lld elements",
+                           static_cast<long long>(layer.query.size()));
+    }
+    if (layer.query.extent(0) != shape.batch) return mismatch("query", "sequences", layer.query.extent(0), shape.batch);
+    if (layer.query.extent(1) != shape.query_heads) {
+      return mismatch("query", "heads", layer.query.extent(1), shape.query_heads);
+    }
+    if (layer.query.extent(3) != shape.head_dim) {
+      return mismatch("query", "channels", layer.query.extent(3), shape.head_dim);
+    }
+    for (index_t b = 0; b < shape.batch; ++b) {
+      const index_t needed = std::min(window, sequence(layer, b).length);
+      if (layer.query.extent(2) < needed) {
+        return status::error(errc::shape_mismatch, "query has %lld rows, the observation window needs %lld",
+                             static_cast<long long>(layer.query.extent(2)), static_cast<long long>(needed));
+      }
+    }
+  }
+  if (needs_metric) {
+    if (layer.metric.missing()) {
+      return status::error(errc::missing_input,
+                           "the score measures distances through W_O: set layer.metric (see make_output_metric)");
+    }
+    if (layer.metric.gram.extent(0) != shape.query_heads) {
+      return mismatch("metric", "heads", layer.metric.gram.extent(0), shape.query_heads);
+    }
+    if (layer.metric.gram.extent(1) != shape.head_dim || layer.metric.gram.extent(2) != shape.head_dim) {
+      return mismatch("metric", "channels", layer.metric.gram.extent(1), shape.head_dim);
+    }
+  }
+  if (layer.keep_mask.data != nullptr &&
+      (layer.keep_mask.extent(0) != shape.batch || layer.keep_mask.extent(1) != tokens)) {
+    return status::error(errc::shape_mismatch, "keep_mask is [%lld, %lld], the layer has %lld sequences of %lld tokens",
+                         static_cast<long long>(layer.keep_mask.extent(0)),
+                         static_cast<long long>(layer.keep_mask.extent(1)), static_cast<long long>(shape.batch),
+                         static_cast<long long>(tokens));
+  }
+  return {};
+}
+
+}  // namespace restkv
