@@ -1,0 +1,80 @@
+// SPDX-License-Identifier: Apache-2.0
+/// @file
+/// The `tensor_backend` concept: the primitives a backend provides, and nothing about policies.
+#pragma once
+
+#include <restkv/core/layer.hpp>
+#include <restkv/core/workspace.hpp>
+#include <restkv/policy.hpp>
+
+#include <concepts>
+#include <span>
+
+namespace restkv {
+
+/// What a scoring primitive is asked for: the parts of a policy that come before spatial smoothing, without the rest.
+template <token_score Score, temporal_smoother Temporal>
+struct score_request {
+  Score score{};
+  Temporal temporal{};
+  index_t window = 0;  ///< observation window; 0 when the score needs no queries
+  group_reduce group = group_reduce::none;
+  problem_shape shape{};
+
+  /// Rows of scores per sequence.
+  [[nodiscard]] constexpr index_t heads() const noexcept {
+    return group == group_reduce::none ? shape.query_heads : shape.kv_heads;
+  }
+  /// Queries of a sequence's observation window: all of a sequence that is shorter than the window.
+  [[nodiscard]] constexpr index_t window_of(index_t length) const noexcept { return std::min(window, length); }
+  /// Tokens of a sequence that scores are defined for: those before the window.
+  [[nodiscard]] constexpr index_t past_of(index_t length) const noexcept { return length - window_of(length); }
+};
+
+template <class Policy>
+using score_request_of = score_request<decltype(Policy::score), decltype(Policy::temporal)>;
+
+/// The scoring part of a policy for a shape.
+template <class Policy>
+[[nodiscard]] constexpr score_request_of<Policy> make_score_request(const Policy& policy,
+                                                                    const problem_shape& shape) noexcept {
+  return {policy.score, policy.temporal, needs_window<decltype(policy.score)>() ? policy.window : 0, policy.group,
+          shape};
+}
+
+namespace detail {
+using archetype_request = score_request<rest_kv, mean>;
+struct archetype_body {
+  void operator()(index_t) const noexcept {}
+};
+}  // namespace detail
+
+/// A backend.
+///
+/// * `score_type`: float, or double in the reference.
+/// * `parallel_for(n, body)`: runs body(0) .. body(n - 1), each once, in any order, and returns when all are done.
+///   Neither allocates nor throws.
+/// * `scratch<Request>`: working memory of the two primitives below, carved by its constructor
+///   `(backend, request, workspace)`; constructed once with a counting workspace and once with a real one. Its
+///   `drift()` is room for the drift of every query head, [batch, query_heads].
+/// * `token_scores(request, layer, scratch, out)`: window attention, the score's features, the temporal reduction and
+///   the group reduction. Fills out[b][h][0 .. past), out is [batch, heads, tokens], tokens counted from the beginning
+///   of each sequence.
+/// * `window_drift(request, layer, most_attended, scratch, out)`: the drift of each query head's attention, see
+///   adaptive_window; out is [batch, query_heads]; most_attended[b] is how many tokens per query take part.
+template <class B>
+concept tensor_backend =
+    std::floating_point<typename B::score_type> &&
+    requires(B& backend, const detail::archetype_request& request, const layer_view<float>& layer, workspace& space,
+             typename B::template scratch<detail::archetype_request>& scratch,
+             tensor_view<typename B::score_type, 3> rows, tensor_view<double, 2> drift,
+             std::span<const index_t> most_attended) {
+      backend.parallel_for(index_t{}, detail::archetype_body{});
+      requires std::constructible_from<typename B::template scratch<detail::archetype_request>, const B&,
+                                       const detail::archetype_request&, workspace&>;
+      { scratch.drift() } -> std::same_as<tensor_view<double, 2>>;
+      { backend.token_scores(request, layer, scratch, rows) } -> std::same_as<status>;
+      { backend.window_drift(request, layer, most_attended, scratch, drift) } -> std::same_as<status>;
+    };
+
+}  // namespace restkv

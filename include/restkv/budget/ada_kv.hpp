@@ -1,0 +1,112 @@
+// SPDX-License-Identifier: Apache-2.0
+/// @file
+/// `ada_kv`: the heads of a layer compete for the layer's budget.
+#pragma once
+
+#include <restkv/budget/budget.hpp>
+#include <restkv/selection/top_k.hpp>
+
+#include <type_traits>
+
+namespace restkv {
+
+/// Adaptive budgets over the heads of one layer (Ada-KV, arXiv 2407.11550). With base = tokens_per_head - protected:
+/// the heads * base best scores of the layer, all heads together, give count[h]; head h gets
+///
+///     count[h] (1 - floor) + base floor
+///
+/// candidates, rounded by largest remainder so that the total is heads * base exactly (the published code rounds each
+/// head on its own and can miss it). Ties at the cut go to the smaller head, then to the smaller position.
+/// `normalise` first scales head h's scores by (sum of its top `base` scores) / (sum of all its scores).
+struct ada_kv {
+  budget_size budget{};
+  float floor = 0.2f;      ///< part of the uniform share that every head gets, in [0, 1]; 1 is uniform
+  bool normalise = false;  ///< compare heads by how concentrated they are rather than by their raw scores
+
+  [[nodiscard]] index_t tokens_per_head(const budget_problem& problem) const noexcept {
+    return budget.of(problem.length);
+  }
+  [[nodiscard]] index_t most_per_head(const budget_problem& problem) const noexcept {
+    const index_t base = chosen_per_head(*this, problem);
+    const double most = static_cast<double>(std::min(problem.heads * base, problem.candidates)) *
+                            (1.0 - static_cast<double>(floor)) +
+                        static_cast<double>(base) * static_cast<double>(floor);
+    return problem.protected_tokens() + std::min(problem.candidates, static_cast<index_t>(most) + 1);
+  }
+
+  template <std::unsigned_integral Key>
+  void allocate(const budget_problem& problem, tensor_view<const Key, 2> keys, std::span<index_t> counts,
+                std::span<double> scratch) const noexcept {
+    using real = std::conditional_t<sizeof(Key) == 4, float, double>;
+    const index_t base = chosen_per_head(*this, problem);
+    const index_t total = problem.heads * base;
+    if (normalise) {
+      for (index_t h = 0; h < problem.heads; ++h) {
+        scratch[static_cast<std::size_t>(h)] = concentration(keys[h], base);
+      }
+      count_best<std::uint64_t>(
+          keys.extent(0), keys.extent(1),
+          [&](index_t h, index_t n) {
+            const Key key = keys(h, n);
+            if (key <= 1) return std::uint64_t{key};
+            return order_key(static_cast<double>(score_of_key<real>(key)) * scratch[static_cast<std::size_t>(h)]);
+          },
+          total, counts);
+    } else {
+      count_best<Key>(
+          keys.extent(0), keys.extent(1), [&](index_t h, index_t n) { return keys(h, n); }, total, counts);
+    }
+    // Mixing keeps the sum: sum over h of count[h] (1 - floor) + base floor = heads base.
+    const auto part = static_cast<double>(floor);
+    for (std::size_t h = 0; h < counts.size(); ++h) {
+      scratch[h] = static_cast<double>(counts[h]) * (1.0 - part) + static_cast<double>(base) * part;
+    }
+    round_to_total(scratch.first(counts.size()), total, problem.candidates, counts);
+  }
+
+  [[nodiscard]] status check() const noexcept {
+    if (!(floor >= 0.0f && floor <= 1.0f)) {
+      return status::error(errc::invalid_argument, "ada_kv.floor is %g, must be within [0, 1]", double{floor});
+    }
+    return budget.check("ada_kv");
+  }
+
+ private:
+  /// counts[h] = how many of the `total` best keys lie in row h.
+  template <std::unsigned_integral Key, class KeyAt>
+  static void count_best(index_t rows, index_t length, const KeyAt& key_at, index_t total,
+                         std::span<index_t> counts) noexcept {
+    const auto pivot = find_pivot<Key>(rows, length, key_at, total);
+    index_t equal_left = pivot.equal;
+    for (index_t h = 0; h < rows; ++h) {
+      index_t count = 0;
+      for (index_t n = 0; n < length; ++n) {
+        const Key key = key_at(h, n);
+        if (key == excluded_key) continue;
+        if (key > pivot.key || (key == pivot.key && equal_left-- > 0)) ++count;
+      }
+      counts[static_cast<std::size_t>(h)] = count;
+    }
+  }
+
+  /// The part of a head's total score that its `base` best tokens hold; 0 when that is not a number.
+  template <std::unsigned_integral Key>
+  [[nodiscard]] static double concentration(tensor_view<const Key, 1> keys, index_t base) noexcept {
+    using real = std::conditional_t<sizeof(Key) == 4, float, double>;
+    const auto pivot = find_pivot<Key>(
+        1, keys.extent(0), [&](index_t, index_t n) { return keys(n); }, base);
+    double best = 0;
+    double all = 0;
+    index_t equal_left = pivot.equal;
+    for (index_t n = 0; n < keys.extent(0); ++n) {
+      const Key key = keys(n);
+      if (key <= 1) continue;
+      const auto score = static_cast<double>(score_of_key<real>(key));
+      all += score;
+      if (key > pivot.key || (key == pivot.key && equal_left-- > 0)) best += score;
+    }
+    return all > 0 && std::isfinite(best / all) ? best / all : 0.0;
+  }
+};
+
+}  // namespace restkv

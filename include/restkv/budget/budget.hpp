@@ -1,0 +1,123 @@
+// SPDX-License-Identifier: Apache-2.0
+/// @file
+/// Budgets: how many tokens each head of a layer keeps. The concept, and what every allocator shares.
+#pragma once
+
+#include <restkv/core/status.hpp>
+#include <restkv/core/tensor_view.hpp>
+#include <restkv/selection/order_key.hpp>
+
+#include <algorithm>
+#include <cmath>
+#include <concepts>
+#include <span>
+
+namespace restkv {
+
+/// Tokens kept per head, as a count or as a part of the sequence. Protected tokens (window, sinks) are included.
+struct budget_size {
+  index_t tokens = 1024;  ///< used where ratio is 0
+  double ratio = 0.0;     ///< part of the sequence that is kept, in (0, 1]; 0 = use the count
+
+  constexpr budget_size() = default;
+  constexpr budget_size(std::integral auto count) noexcept  // NOLINT(google-explicit-constructor)
+      : tokens(static_cast<index_t>(count)) {}
+  /// `keep_ratio(0.2)` keeps a fifth, rounded down.
+  [[nodiscard]] static constexpr budget_size keep_ratio(double part) noexcept {
+    budget_size size;
+    size.ratio = part;
+    return size;
+  }
+
+  /// Tokens for a sequence of `length`, never more than it has.
+  [[nodiscard]] index_t of(index_t length) const noexcept {
+    if (ratio == 0.0) return std::min(tokens, length);
+    return std::min(length, static_cast<index_t>(std::floor(ratio * static_cast<double>(length))));
+  }
+
+  [[nodiscard]] status check(const char* owner) const noexcept {
+    if (ratio == 0.0 && tokens < 1) {
+      return status::error(errc::invalid_argument, "%s keeps %lld tokens per head, must be at least 1", owner,
+                           static_cast<long long>(tokens));
+    }
+    if (!(ratio >= 0.0 && ratio <= 1.0)) {
+      return status::error(errc::invalid_argument, "%s keeps a ratio of %g, must be above 0 and at most 1", owner,
+                           ratio);
+    }
+    return {};
+  }
+};
+
+/// One sequence of one layer, as an allocator sees it.
+struct budget_problem {
+  index_t heads = 0;
+  index_t length = 0;      ///< tokens of the sequence
+  index_t candidates = 0;  ///< tokens per head that may be evicted: length less the protected ones
+  index_t layer = 0;
+  index_t layers = 1;
+
+  [[nodiscard]] constexpr index_t protected_tokens() const noexcept { return length - candidates; }
+};
+
+/// A budget allocator.
+///
+/// `tokens_per_head(problem)`: the mean number of tokens a head of this layer keeps, protected ones included; what
+/// it returns is clamped to [protected, length]. `most_per_head(problem)`: the largest number one head may get, for
+/// planning. `allocate(problem, keys, counts, scratch)`: sets counts[h], the candidates head h keeps; they must add up
+/// to heads * (tokens_per_head - protected) exactly and each lie in [0, candidates]. `scratch` has `heads` doubles.
+///
+/// `keys` are order keys of the smoothed scores, [heads, length], 0 where a token is protected or may not be chosen.
+template <class A>
+concept budget_allocator = requires(const A& allocator, const budget_problem& problem,
+                                    tensor_view<const std::uint32_t, 2> keys,
+                                    tensor_view<const std::uint64_t, 2> keys64, std::span<index_t> counts,
+                                    std::span<double> scratch) {
+  { allocator.tokens_per_head(problem) } -> std::convertible_to<index_t>;
+  { allocator.most_per_head(problem) } -> std::convertible_to<index_t>;
+  allocator.allocate(problem, keys, counts, scratch);
+  allocator.allocate(problem, keys64, counts, scratch);
+};
+
+/// Candidates a head keeps on average, from what an allocator asks for.
+template <budget_allocator A>
+[[nodiscard]] index_t chosen_per_head(const A& allocator, const budget_problem& problem) noexcept {
+  const index_t tokens = std::min<index_t>(allocator.tokens_per_head(problem), problem.length);
+  return std::clamp<index_t>(tokens - problem.protected_tokens(), 0, problem.candidates);
+}
+
+/// Rounds non-negative shares to integers that add up to `total` exactly: every share is rounded down, and the units
+/// that are left go to the largest remainders, ties to the smaller index; no share passes `ceiling`. `shares` must
+/// add up to `total` within rounding and `total` be at most shares.size() * ceiling. Cost: O(n^2) in the number
+/// of shares, which are heads or layers. A share that is not finite counts as 0.
+inline void round_to_total(std::span<const double> shares, index_t total, index_t ceiling,
+                           std::span<index_t> counts) noexcept {
+  const auto share = [&](std::size_t i) {
+    return std::isfinite(shares[i]) ? std::clamp(shares[i], 0.0, static_cast<double>(ceiling)) : 0.0;
+  };
+  index_t given = 0;
+  for (std::size_t i = 0; i < shares.size(); ++i) {
+    counts[i] = static_cast<index_t>(std::floor(share(i)));
+    given += counts[i];
+  }
+  while (given != total) {
+    // Short: the largest remainder below its ceiling gains one. Over (shares that add up to too much): the smallest
+    // remainder above 0 loses one.
+    std::size_t best = shares.size();
+    double best_remainder = 0;
+    for (std::size_t i = 0; i < shares.size(); ++i) {
+      const double remainder = share(i) - static_cast<double>(counts[i]);
+      if (given < total ? counts[i] >= ceiling : counts[i] <= 0) continue;
+      const bool better = given < total ? remainder > best_remainder : remainder < best_remainder;
+      if (best == shares.size() || better) {
+        best = i;
+        best_remainder = remainder;
+      }
+    }
+    if (best == shares.size()) return;  // total lies outside [0, size * ceiling]: nothing can be moved
+    const index_t step = given < total ? 1 : -1;
+    counts[best] += step;
+    given += step;
+  }
+}
+
+}  // namespace restkv

@@ -1,0 +1,73 @@
+// SPDX-License-Identifier: Apache-2.0
+/// @file
+/// `pyramid`: more tokens for the lower layers, fewer for the upper ones.
+#pragma once
+
+#include <restkv/budget/budget.hpp>
+
+namespace restkv {
+
+/// How the linear ramp over the layers becomes whole tokens.
+enum class pyramid_rounding {
+  exact,     ///< the shares of all layers add up to layers * budget exactly (largest remainder)
+  released,  ///< integer divisions as in the published code; the total may miss by a few tokens per layer
+};
+
+/// A linear ramp over depth (PyramidKV, arXiv 2406.02069). With m = budget - protected tokens and C candidates:
+/// least = m / beta, most = 2 m - least; where most would pass C, most = C and least = 2 m - C. Layer l of N gets
+/// most - l (most - least) / (N - 1) chosen tokens per head, and the protected ones. One layer alone gets m.
+struct pyramid {
+  budget_size budget{};
+  float beta = 20.0f;  ///< how steep, >= 1; 1 is uniform
+  pyramid_rounding rounding = pyramid_rounding::exact;
+
+  [[nodiscard]] index_t tokens_per_head(const budget_problem& problem) const noexcept {
+    return problem.protected_tokens() + chosen(problem);
+  }
+  [[nodiscard]] index_t most_per_head(const budget_problem& problem) const noexcept { return tokens_per_head(problem); }
+
+  template <std::unsigned_integral Key>
+  void allocate(const budget_problem& problem, tensor_view<const Key, 2>, std::span<index_t> counts,
+                std::span<double>) const noexcept {
+    std::fill(counts.begin(), counts.end(), chosen_per_head(*this, problem));
+  }
+
+  [[nodiscard]] status check() const noexcept {
+    if (!(beta >= 1.0f) || !std::isfinite(beta)) {
+      return status::error(errc::invalid_argument, "pyramid.beta is %g, must be at least 1", double{beta});
+    }
+    return budget.check("pyramid");
+  }
+
+ private:
+  [[nodiscard]] index_t chosen(const budget_problem& problem) const noexcept {
+    const index_t mean = std::clamp<index_t>(budget.of(problem.length) - problem.protected_tokens(), 0,
+                                             problem.candidates);
+    if (problem.layers <= 1 || mean == problem.candidates) return mean;
+    if (rounding == pyramid_rounding::released) {
+      index_t least = static_cast<index_t>(static_cast<double>(mean) / static_cast<double>(beta));
+      index_t most = 2 * mean - least;
+      if (most >= problem.candidates) {
+        most = problem.candidates;
+        least = 2 * mean - most;
+      }
+      return most - problem.layer * ((most - least) / (problem.layers - 1));
+    }
+    // The ramp is symmetric about the mean, so its total is layers * mean. The cumulated ramp, rounded, differenced:
+    // each layer's share is within one token of the ramp and the shares add up exactly, without a table of layers.
+    double least = static_cast<double>(mean) / static_cast<double>(beta);
+    double most = 2.0 * static_cast<double>(mean) - least;
+    if (most > static_cast<double>(problem.candidates)) {
+      most = static_cast<double>(problem.candidates);
+      least = 2.0 * static_cast<double>(mean) - most;
+    }
+    const double slope = (most - least) / static_cast<double>(problem.layers - 1);
+    const auto cumulated = [&](index_t layers) {
+      const auto n = static_cast<double>(layers);
+      return static_cast<index_t>(std::llround(n * most - slope * n * (n - 1.0) / 2.0));
+    };
+    return std::clamp<index_t>(cumulated(problem.layer + 1) - cumulated(problem.layer), 0, problem.candidates);
+  }
+};
+
+}  // namespace restkv

@@ -1,0 +1,27 @@
+// SPDX-License-Identifier: Apache-2.0
+/// @file
+/// `uniform`: the same number of tokens for every head of every layer.
+#pragma once
+
+#include <restkv/budget/budget.hpp>
+
+namespace restkv {
+
+/// Every head keeps `tokens_per_head` tokens, or `budget_size::keep_ratio(r)` of its sequence.
+struct uniform {
+  budget_size budget{};
+
+  [[nodiscard]] index_t tokens_per_head(const budget_problem& problem) const noexcept {
+    return budget.of(problem.length);
+  }
+  [[nodiscard]] index_t most_per_head(const budget_problem& problem) const noexcept { return budget.of(problem.length); }
+
+  template <std::unsigned_integral Key>
+  void allocate(const budget_problem& problem, tensor_view<const Key, 2>, std::span<index_t> counts,
+                std::span<double>) const noexcept {
+    std::fill(counts.begin(), counts.end(), chosen_per_head(*this, problem));
+  }
+  [[nodiscard]] status check() const noexcept { return budget.check("uniform"); }
+};
+
+}  // namespace restkv

@@ -1,0 +1,65 @@
+// SPDX-License-Identifier: Apache-2.0
+/// @file
+/// `eviction_policy`: a policy put together from its parts.
+#pragma once
+
+#include <restkv/budget/ada_kv.hpp>
+#include <restkv/budget/pyramid.hpp>
+#include <restkv/budget/uniform.hpp>
+#include <restkv/score/group_reduce.hpp>
+#include <restkv/score/random.hpp>
+#include <restkv/score/rest_kv.hpp>
+#include <restkv/score/snap_kv.hpp>
+#include <restkv/score/streaming_llm.hpp>
+#include <restkv/selection/protection.hpp>
+#include <restkv/smoothing/adaptive_window.hpp>
+#include <restkv/smoothing/spatial.hpp>
+#include <restkv/smoothing/temporal.hpp>
+
+namespace restkv {
+
+/// Which tokens to keep, as a value. Data flows score -> temporal (over the window's queries) -> group (over the query
+/// heads of a KV head) -> spatial (over tokens) -> budget (over heads) -> the best tokens of each head, and the
+/// protected ones.
+///
+/// Written with designated initialisers, the part types are deduced (GCC 11, Clang 17 or newer; older compilers name
+/// them: `eviction_policy<snap_kv, mean>{}`). What is left out is the library's default policy.
+template <token_score Score = rest_kv, temporal_smoother Temporal = mean, spatial_smoother Spatial = average_pool,
+          budget_allocator Budget = ada_kv>
+struct eviction_policy {
+  Score score{};
+  index_t window = 32;  ///< observation window: the last `window` queries; unused by scores that need no queries
+  Temporal temporal{};
+  Spatial spatial{};
+  group_reduce group = group_reduce::l2;
+  Budget budget{};
+  protection protect{};
+
+  /// Tokens at the end of each sequence that are always kept.
+  [[nodiscard]] constexpr index_t recent() const noexcept {
+    return needs_window<Score>() ? std::max(window, protect.recent) : protect.recent;
+  }
+
+  /// Checks every part's parameters; the first bad one is named with its value.
+  [[nodiscard]] status check() const noexcept {
+    const auto check_part = [](const auto& part) -> status {
+      if constexpr (requires { { part.check() } -> std::same_as<status>; }) {
+        return part.check();
+      } else {
+        return {};
+      }
+    };
+    RESTKV_RETURN_IF_FAILED(check_part(score));
+    RESTKV_RETURN_IF_FAILED(check_part(temporal));
+    RESTKV_RETURN_IF_FAILED(check_part(spatial));
+    RESTKV_RETURN_IF_FAILED(check_part(budget));
+    RESTKV_RETURN_IF_FAILED(protect.check());
+    if (needs_window<Score>() && (window < 1 || window > 1024)) {
+      return status::error(errc::invalid_argument, "the observation window is %lld queries, must be within [1, 1024]",
+                           static_cast<long long>(window));
+    }
+    return {};
+  }
+};
+
+}  // namespace restkv

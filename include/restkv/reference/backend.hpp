@@ -1,0 +1,256 @@
+// SPDX-License-Identifier: Apache-2.0
+/// @file
+/// `reference_backend`: every primitive as plain loops in double, in the order of the method's description.
+///
+/// It is slow, allocates, and exists to be read and compared with. Throws std::bad_alloc where memory runs out.
+#pragma once
+
+#include <restkv/backend/backend.hpp>
+#include <restkv/reference/window_attention.hpp>
+
+#include <algorithm>
+#include <numeric>
+#include <vector>
+
+namespace restkv {
+
+/// The reference: double precision, one thread, no blocking, no pruning.
+class reference_backend {
+ public:
+  using score_type = double;
+
+  template <class Body>
+  void parallel_for(index_t n, const Body& body) const {
+    for (index_t i = 0; i < n; ++i) body(i);
+  }
+
+  template <class Request>
+  class scratch {
+   public:
+    scratch(const reference_backend&, const Request& request, workspace& space)
+        : drift_(space.take<double>(request.shape.batch * request.shape.query_heads),
+                 {request.shape.batch, request.shape.query_heads}) {}
+    [[nodiscard]] tensor_view<double, 2> drift() const noexcept { return drift_; }
+
+   private:
+    tensor_view<double, 2> drift_;
+  };
+
+  template <class Request, element T>
+  status token_scores(const Request& request, const layer_view<T>& layer, scratch<Request>&,
+                      tensor_view<double, 3> out) const {
+    const index_t group = request.shape.query_heads / request.heads();
+    for (index_t b = 0; b < request.shape.batch; ++b) {
+      const index_t past = request.past_of(sequence(layer, b).length);
+      for (index_t row = 0; row < request.heads(); ++row) {
+        for (index_t j = 0; j < group; ++j) {
+          const std::vector<double> scores = head_scores(request, layer, b, row * group + j);
+          for (index_t n = 0; n < past; ++n) {
+            out(b, row, n) = group_fold(request.group, out(b, row, n), scores[static_cast<std::size_t>(n)], j == 0);
+          }
+        }
+        for (index_t n = 0; n < past; ++n) out(b, row, n) = group_finish(request.group, out(b, row, n), group);
+      }
+    }
+    return {};
+  }
+
+  /// t = mean over pairs of (mean index in the front half's row - mean index in the rear half's row), each over the
+  /// most attended tokens of the row.
+  template <class Request, element T>
+  status window_drift(const Request& request, const layer_view<T>& layer, std::span<const index_t> most_attended,
+                      scratch<Request>&, tensor_view<double, 2> out) const {
+    for (index_t b = 0; b < request.shape.batch; ++b) {
+      const index_t length = sequence(layer, b).length;
+      const index_t window = request.window_of(length);
+      const index_t pairs = window / 2;
+      const index_t chosen = std::min(most_attended[static_cast<std::size_t>(b)], length);
+      for (index_t h = 0; h < request.shape.query_heads; ++h) {
+        double drift = 0;
+        for (index_t pair = 0; pair < pairs && chosen > 0; ++pair) {
+          drift += mean_index(reference::window_attention(layer, b, h, window, pair), chosen) -
+                   mean_index(reference::window_attention(layer, b, h, window, pairs + pair), chosen);
+        }
+        out(b, h) = pairs > 0 ? drift / static_cast<double>(pairs) : 0.0;
+      }
+    }
+    return {};
+  }
+
+ private:
+  /// Mean index of the `count` largest shares; among equal ones the smaller index counts.
+  [[nodiscard]] static double mean_index(const reference::attention_row& row, index_t count) {
+    std::vector<index_t> order(row.share.size());
+    std::iota(order.begin(), order.end(), index_t{0});
+    std::sort(order.begin(), order.end(), [&](index_t a, index_t b) {
+      const double left = row.share[static_cast<std::size_t>(a)];
+      const double right = row.share[static_cast<std::size_t>(b)];
+      return left != right ? left > right : a < b;
+    });
+    double sum = 0;
+    for (index_t i = 0; i < count; ++i) sum += static_cast<double>(order[static_cast<std::size_t>(i)]);
+    return sum / static_cast<double>(count);
+  }
+
+  /// ||x||, or ||W[h] x|| as the root of x^T G[h] x.
+  template <element T>
+  [[nodiscard]] static double norm(const layer_view<T>& layer, metric how, index_t head, const std::vector<double>& x) {
+    double sum = 0;
+    for (index_t r = 0; r < static_cast<index_t>(x.size()); ++r) {
+      const double left = x[static_cast<std::size_t>(r)];
+      if (how == metric::identity) {
+        sum += left * left;
+        continue;
+      }
+      for (index_t c = 0; c < static_cast<index_t>(x.size()); ++c) {
+        sum += left * layer.metric.gram(head, r, c) * x[static_cast<std::size_t>(c)];
+      }
+    }
+    return std::sqrt(std::max(sum, 0.0));
+  }
+
+  using vectors = std::vector<std::vector<double>>;
+
+  /// sum_n w_n v_n, with the token `left_out` left out (-1: none). [head_dim]
+  [[nodiscard]] static std::vector<double> weighted_values(const std::vector<double>& weights, const vectors& values,
+                                                           index_t head_dim, index_t left_out) {
+    std::vector<double> sum(static_cast<std::size_t>(head_dim));
+    for (std::size_t n = 0; n < weights.size(); ++n) {
+      if (static_cast<index_t>(n) == left_out) continue;
+      for (std::size_t c = 0; c < sum.size(); ++c) sum[c] += weights[n] * values[n][c];
+    }
+    return sum;
+  }
+
+  /// An attention output o = sum_n w_n v_n, kept as the part without its top token so that o - v_top does not cancel.
+  struct output {
+    std::vector<double> without_top;
+    double top_weight = 0;
+    index_t top = -1;
+
+    output(const std::vector<double>& weights, const vectors& values, index_t head_dim) {
+      for (std::size_t n = 0; n < weights.size(); ++n) {
+        if (top < 0 || weights[n] > top_weight) {
+          top = static_cast<index_t>(n);
+          top_weight = weights[n];
+        }
+      }
+      without_top = weighted_values(weights, values, head_dim, top);
+    }
+
+    /// o - v_n; `rest` is 1 - w_n.
+    [[nodiscard]] std::vector<double> less_value(const vectors& values, index_t n, double rest) const {
+      std::vector<double> difference = without_top;
+      for (std::size_t c = 0; c < difference.size(); ++c) {
+        const double value = values[static_cast<std::size_t>(n)][c];
+        difference[c] += n == top ? -rest * value : top_weight * values[static_cast<std::size_t>(top)][c] - value;
+      }
+      return difference;
+    }
+
+    [[nodiscard]] std::vector<double> whole(const vectors& values) const {
+      std::vector<double> sum = without_top;
+      for (std::size_t c = 0; c < sum.size() && top >= 0; ++c) {
+        sum[c] += top_weight * values[static_cast<std::size_t>(top)][c];
+      }
+      return sum;
+    }
+  };
+
+  /// Scores of one query head over the past, before the group reduction. [past]
+  template <class Request, element T>
+  [[nodiscard]] static std::vector<double> head_scores(const Request& request, const layer_view<T>& layer, index_t b,
+                                                       index_t head) {
+    const sequence_span span = sequence(layer, b);
+    const index_t window = request.window_of(span.length);
+    const index_t past = span.length - window;
+    const index_t kv_head = head / request.shape.group();
+    const metric how = metric_of(request.score);
+    constexpr feature needs = decltype(request.score)::needs;
+    constexpr bool uses_output = has(needs, feature::distance | feature::output_norm);
+
+    vectors values;  // [length][head_dim]
+    if constexpr (needs_values<decltype(request.score)>()) {
+      for (index_t n = 0; n < span.length; ++n) {
+        values.push_back(reference::token_row(layer.value, b, kv_head, span.begin + n));
+      }
+    }
+    const auto score_one = [&](const output& out, index_t n, double attention, double rest, double output_norm) {
+      token_features<double> f;
+      f.position = n;
+      f.length = span.length;
+      f.batch = b;
+      f.head = head;
+      f.layer = request.shape.layer;
+      f.attention = attention;
+      f.odds = rest > 0 ? attention / rest : std::numeric_limits<double>::max();
+      f.output_norm = output_norm;
+      if constexpr (has(needs, feature::distance)) {
+        f.distance = norm(layer, how, head, out.less_value(values, n, rest));
+      }
+      if constexpr (has(needs, feature::value_norm)) {
+        f.value_norm = norm(layer, how, head, values[static_cast<std::size_t>(n)]);
+      }
+      if constexpr (has(needs, feature::key_norm)) {
+        f.key_norm =
+            norm(layer, metric::identity, head, reference::token_row(layer.key, b, kv_head, span.begin + n));
+      }
+      return request.score(f);
+    };
+    const auto output_of = [&](const std::vector<double>& weights) {
+      return output(uses_output ? weights : std::vector<double>{}, values, request.shape.head_dim);
+    };
+
+    std::vector<double> result(static_cast<std::size_t>(past));
+    if (request.window == 0) {  // no queries: one score per token
+      for (index_t n = 0; n < past; ++n) result[static_cast<std::size_t>(n)] = score_one(output_of({}), n, 0, 1, 0);
+      return result;
+    }
+
+    std::vector<reference::attention_row> rows;  // [window]
+    for (index_t i = 0; i < window; ++i) rows.push_back(reference::window_attention(layer, b, head, window, i));
+    std::vector<double> column(static_cast<std::size_t>(window));
+    const auto reduce = [&] { return static_cast<double>(request.temporal(std::span<const double>(column))); };
+
+    if (order_of(request.score) == query_order::before) {
+      std::vector<output> outputs;
+      std::vector<double> norms;
+      for (const auto& row : rows) {
+        outputs.push_back(output_of(row.share));
+        norms.push_back(norm(layer, how, head, outputs.back().whole(values)));
+      }
+      for (index_t n = 0; n < past; ++n) {
+        for (std::size_t i = 0; i < rows.size(); ++i) {
+          column[i] = score_one(outputs[i], n, rows[i].share[static_cast<std::size_t>(n)], rows[i].rest(n), norms[i]);
+        }
+        result[static_cast<std::size_t>(n)] = reduce();
+      }
+      return result;
+    }
+
+    // After: smooth the attention over the past, and 1 - attention with the same weights where smoothing is linear.
+    std::vector<double> smoothed(static_cast<std::size_t>(past));
+    std::vector<double> rests(static_cast<std::size_t>(past));
+    for (index_t n = 0; n < past; ++n) {
+      for (std::size_t i = 0; i < rows.size(); ++i) column[i] = rows[i].share[static_cast<std::size_t>(n)];
+      smoothed[static_cast<std::size_t>(n)] = reduce();
+      if constexpr (linear_temporal_smoother<decltype(request.temporal)>) {
+        for (std::size_t i = 0; i < rows.size(); ++i) column[i] = rows[i].rest(n);
+        rests[static_cast<std::size_t>(n)] = reduce();
+      } else {
+        rests[static_cast<std::size_t>(n)] = 1.0 - smoothed[static_cast<std::size_t>(n)];
+      }
+    }
+    const output out = output_of(smoothed);
+    const double output_norm = norm(layer, how, head, out.whole(values));
+    for (index_t n = 0; n < past; ++n) {
+      const auto i = static_cast<std::size_t>(n);
+      result[i] = score_one(out, n, smoothed[i], rests[i], output_norm);
+    }
+    return result;
+  }
+};
+
+static_assert(tensor_backend<reference_backend>);
+
+}  // namespace restkv

@@ -1,0 +1,111 @@
+// SPDX-License-Identifier: Apache-2.0
+/// @file
+/// What a score is computed from: named per-token features, and the `token_score` concept.
+///
+/// A backend computes features, never a policy by name. A score is a struct that says which features it needs and
+/// combines them; that is all it takes for a user's own score to run on every backend.
+#pragma once
+
+#include <restkv/core/config.hpp>
+
+#include <concepts>
+
+namespace restkv {
+
+/// Facts about one token under one query (or under the smoothed attention, see `query_order`). Combine with `|`.
+enum class feature : unsigned {
+  none = 0,
+  attention = 1u << 0,    ///< a = softmax(q k / sqrt(d))[n]
+  odds = 1u << 1,         ///< a / (1 - a), computed without cancellation
+  distance = 1u << 2,     ///< ||o - v_n||, or ||W (o - v_n)|| in the projection metric
+  output_norm = 1u << 3,  ///< ||o||, or ||W o||
+  value_norm = 1u << 4,   ///< ||v_n||, or ||W v_n||
+  key_norm = 1u << 5,     ///< ||k_n||
+};
+
+[[nodiscard]] RESTKV_HD constexpr feature operator|(feature a, feature b) noexcept {
+  return static_cast<feature>(static_cast<unsigned>(a) | static_cast<unsigned>(b));
+}
+
+/// True when `set` holds at least one of the features in `wanted`.
+[[nodiscard]] RESTKV_HD constexpr bool has(feature set, feature wanted) noexcept {
+  return (static_cast<unsigned>(set) & static_cast<unsigned>(wanted)) != 0;
+}
+
+/// The features that come from window queries; a score without any of them needs no queries at all.
+inline constexpr feature window_features =
+    feature::attention | feature::odds | feature::distance | feature::output_norm;
+
+/// When the queries of the window are reduced to one row.
+enum class query_order {
+  before,  ///< score each query's attention, over all tokens, then reduce the scores (the ReST-KV paper)
+  after,   ///< reduce the attention rows first, over past tokens, then score once (the ReST-KV release)
+};
+
+/// In which norm a change of the output is measured.
+enum class metric {
+  identity,    ///< ||x||, the head's own output
+  projection,  ///< ||W[h] x||, the layer's hidden output
+};
+
+/// The features of one token. Only those a score asks for are set; the rest are 0.
+template <std::floating_point Real>
+struct token_features {
+  Real attention = 0;
+  Real odds = 0;
+  Real distance = 0;
+  Real output_norm = 0;
+  Real value_norm = 0;
+  Real key_norm = 0;
+  index_t position = 0;  ///< in its sequence, 0 the oldest
+  index_t length = 0;    ///< tokens of its sequence
+  index_t batch = 0;     ///< sequence
+  index_t head = 0;      ///< query head
+  index_t layer = 0;
+};
+
+/// A score: `static constexpr feature needs`, and a const call operator from `token_features<Real>` to Real for float
+/// and double. Larger is kept. Optional members: `restkv::query_order order` (default `before`),
+/// `restkv::metric metric_of_distance` (default identity), and `static constexpr bool monotone_in_distance = true`
+/// for a score that never falls when only the distance grows, which admits certified pruning.
+template <class S>
+concept token_score = requires(const S& score, const token_features<float>& f, const token_features<double>& d) {
+  { S::needs } -> std::convertible_to<feature>;
+  { score(f) } -> std::convertible_to<float>;
+  { score(d) } -> std::convertible_to<double>;
+};
+
+/// `score.order` where the score has one.
+template <token_score S>
+[[nodiscard]] constexpr query_order order_of(const S& score) noexcept {
+  if constexpr (requires { { score.order } -> std::convertible_to<query_order>; }) return score.order;
+  return query_order::before;
+}
+
+/// `score.metric_of_distance` where the score has one.
+template <token_score S>
+[[nodiscard]] constexpr metric metric_of(const S& score) noexcept {
+  if constexpr (requires { { score.metric_of_distance } -> std::convertible_to<metric>; }) {
+    return score.metric_of_distance;
+  }
+  return metric::identity;
+}
+
+/// True when the score needs queries, that is, an observation window.
+template <token_score S>
+[[nodiscard]] constexpr bool needs_window() noexcept {
+  return has(S::needs, window_features);
+}
+
+template <token_score S>
+[[nodiscard]] constexpr bool needs_values() noexcept {
+  return has(S::needs, feature::distance | feature::output_norm | feature::value_norm);
+}
+
+/// True when this score measures through W_O and a layer must therefore carry its metric.
+template <token_score S>
+[[nodiscard]] constexpr bool needs_metric(const S& score) noexcept {
+  return needs_values<S>() && metric_of(score) == metric::projection;
+}
+
+}  // namespace restkv

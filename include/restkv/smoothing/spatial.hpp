@@ -1,0 +1,138 @@
+// SPDX-License-Identifier: Apache-2.0
+/// @file
+/// Spatial smoothing: from a row of scores over tokens to a row. The concept, and the pools of fixed width.
+///
+/// A NaN spreads to the outputs whose window contains it, and no further.
+#pragma once
+
+#include <restkv/core/status.hpp>
+
+#include <algorithm>
+#include <concepts>
+#include <limits>
+#include <span>
+
+namespace restkv {
+
+/// What a spatial smoother may know about the row: the drift of the head's attention (see adaptive_window), 0 for
+/// smoothers that do not ask for it.
+struct row_context {
+  double drift = 0;
+};
+
+/// The tokens that out[n] depends on: in[clamp(n + first)] .. in[clamp(n + last)].
+struct token_reach {
+  index_t first = 0;
+  index_t last = 0;
+};
+
+/// A spatial smoother: `smoother(in, out, context)` fills `out`, which has the extent of `in` and does not overlap it.
+/// `static constexpr bool needs_drift = true` asks for the drift. A smoother whose output never falls when an input
+/// grows says so by having `reach(context)`; certified pruning needs that.
+template <class S>
+concept spatial_smoother = requires(const S& smoother, std::span<const float> in, std::span<float> out,
+                                    std::span<const double> in64, std::span<double> out64, const row_context& row) {
+  smoother(in, out, row);
+  smoother(in64, out64, row);
+};
+
+template <class S>
+concept monotone_spatial_smoother = spatial_smoother<S> && requires(const S& smoother, const row_context& row) {
+  { smoother.reach(row) } -> std::convertible_to<token_reach>;
+};
+
+template <spatial_smoother S>
+[[nodiscard]] constexpr bool needs_drift() noexcept {
+  if constexpr (requires { S::needs_drift; }) return S::needs_drift;
+  return false;
+}
+
+/// No spatial smoothing: out = in.
+struct no_pool {
+  template <std::floating_point Real>
+  void operator()(std::span<const Real> in, std::span<Real> out, const row_context&) const noexcept {
+    std::copy(in.begin(), in.end(), out.begin());
+  }
+  [[nodiscard]] constexpr token_reach reach(const row_context&) const noexcept { return {0, 0}; }
+};
+
+namespace detail {
+
+[[nodiscard]] inline status check_pool_width(const char* name, int width) noexcept {
+  if (width < 1 || width % 2 == 0) {
+    return status::error(errc::invalid_argument, "%s.width is %d, must be odd and at least 1", name, width);
+  }
+  return {};
+}
+
+/// out[n] = (sum over u in [first, last] of in[n + u]) * scale, where terms outside the row are left out (`zero`) or
+/// repeat its ends. The sum runs over u in ascending order for every n, so a result never depends on n's neighbours'
+/// rounding; the loop over n is innermost, so it is a sum of shifted rows and vectorises.
+template <std::floating_point Real>
+void shifted_row_sum(std::span<const Real> in, std::span<Real> out, token_reach reach, Real scale,
+                     bool replicate) noexcept {
+  const auto length = static_cast<index_t>(in.size());
+  if (length == 0) return;
+  const auto at = [&](index_t n) {
+    if (n >= 0 && n < length) return in[static_cast<std::size_t>(n)];
+    return replicate ? in[static_cast<std::size_t>(n < 0 ? 0 : length - 1)] : Real(0);
+  };
+  const index_t inner_begin = std::clamp<index_t>(-reach.first, 0, length);
+  const index_t inner_end = std::clamp<index_t>(length - reach.last, inner_begin, length);
+  const auto edge = [&](index_t n) {
+    Real sum = 0;
+    for (index_t u = reach.first; u <= reach.last; ++u) sum += at(n + u);
+    out[static_cast<std::size_t>(n)] = sum * scale;
+  };
+  for (index_t n = 0; n < inner_begin; ++n) edge(n);
+  for (index_t n = inner_end; n < length; ++n) edge(n);
+  constexpr index_t block = 512;  // stays in the first-level cache over the whole sum
+  for (index_t start = inner_begin; start < inner_end; start += block) {
+    const index_t count = std::min(block, inner_end - start);
+    Real* const target = out.data() + start;
+    for (index_t i = 0; i < count; ++i) target[i] = 0;
+    for (index_t u = reach.first; u <= reach.last; ++u) {
+      const Real* const source = in.data() + start + u;
+      for (index_t i = 0; i < count; ++i) target[i] += source[i];
+    }
+    for (index_t i = 0; i < count; ++i) target[i] *= scale;
+  }
+}
+
+}  // namespace detail
+
+/// Mean over `width` neighbouring tokens: zero padding of width / 2 on both sides, always divided by `width`.
+struct average_pool {
+  int width = 5;  ///< tokens, odd
+
+  template <std::floating_point Real>
+  void operator()(std::span<const Real> in, std::span<Real> out, const row_context& row) const noexcept {
+    detail::shifted_row_sum(in, out, reach(row), Real(1) / static_cast<Real>(width), false);
+  }
+  [[nodiscard]] constexpr token_reach reach(const row_context&) const noexcept { return {-(width / 2), width / 2}; }
+  [[nodiscard]] status check() const noexcept { return detail::check_pool_width("average_pool", width); }
+};
+
+/// Maximum over `width` neighbouring tokens; positions outside the row do not take part.
+struct max_pool {
+  int width = 7;  ///< tokens, odd
+
+  template <std::floating_point Real>
+  void operator()(std::span<const Real> in, std::span<Real> out, const row_context&) const noexcept {
+    const auto length = static_cast<index_t>(in.size());
+    for (index_t n = 0; n < length; ++n) {
+      const index_t first = std::max<index_t>(0, n - width / 2);
+      const index_t last = std::min<index_t>(length - 1, n + width / 2);
+      Real largest = in[static_cast<std::size_t>(first)];
+      for (index_t i = first; i <= last; ++i) {
+        const Real value = in[static_cast<std::size_t>(i)];
+        largest = value > largest || value != value ? value : largest;
+      }
+      out[static_cast<std::size_t>(n)] = largest;
+    }
+  }
+  [[nodiscard]] constexpr token_reach reach(const row_context&) const noexcept { return {-(width / 2), width / 2}; }
+  [[nodiscard]] status check() const noexcept { return detail::check_pool_width("max_pool", width); }
+};
+
+}  // namespace restkv

@@ -1,0 +1,91 @@
+// SPDX-License-Identifier: Apache-2.0
+/// @file
+/// Temporal smoothing: from one row per window query to one row. The concept, and its four models.
+#pragma once
+
+#include <restkv/core/status.hpp>
+
+#include <cmath>
+#include <concepts>
+#include <span>
+
+namespace restkv {
+
+/// A temporal smoother: a const call operator that takes the values of one token under the window's queries, oldest
+/// first, and returns one value. A *linear* one also has `weight(i, count)`: the weight of row i of `count`; backends
+/// then fold the reduction into the attention and never store the rows.
+template <class S>
+concept temporal_smoother = requires(const S& smoother, std::span<const float> f, std::span<const double> d) {
+  { smoother(f) } -> std::convertible_to<float>;
+  { smoother(d) } -> std::convertible_to<double>;
+};
+
+template <class S>
+concept linear_temporal_smoother = temporal_smoother<S> && requires(const S& smoother, int i) {
+  { smoother.weight(i, i) } -> std::convertible_to<double>;
+};
+
+namespace detail {
+
+/// The sum of weight(i) * row(i), oldest first.
+template <class S, std::floating_point Real>
+[[nodiscard]] constexpr Real weighted_rows(const S& smoother, std::span<const Real> rows) noexcept {
+  Real sum = 0;
+  const int count = static_cast<int>(rows.size());
+  for (int i = 0; i < count; ++i) sum += static_cast<Real>(smoother.weight(i, count)) * rows[static_cast<std::size_t>(i)];
+  return sum;
+}
+
+}  // namespace detail
+
+/// The mean over the window's queries.
+struct mean {
+  [[nodiscard]] constexpr double weight(int, int count) const noexcept { return 1.0 / count; }
+  template <std::floating_point Real>
+  [[nodiscard]] constexpr Real operator()(std::span<const Real> rows) const noexcept {
+    return detail::weighted_rows(*this, rows);
+  }
+};
+
+/// Exponential moving average, oldest to newest: acc = row 0; acc = alpha * row + (1 - alpha) * acc (ReST-KV, section
+/// on temporal smoothing). alpha = 0.3 puts 94 % of the weight on the newest 8 rows.
+struct ema {
+  float alpha = 0.3f;  ///< weight of the newest row, in (0, 1]
+
+  [[nodiscard]] double weight(int i, int count) const noexcept {
+    const double decay = 1.0 - static_cast<double>(alpha);
+    return std::pow(decay, count - 1 - i) * (i == 0 ? 1.0 : static_cast<double>(alpha));
+  }
+  template <std::floating_point Real>
+  [[nodiscard]] Real operator()(std::span<const Real> rows) const noexcept {
+    return detail::weighted_rows(*this, rows);
+  }
+  [[nodiscard]] status check() const noexcept {
+    if (!(alpha > 0.0f && alpha <= 1.0f)) {
+      return status::error(errc::invalid_argument, "ema.alpha is %g, must be above 0 and at most 1", double{alpha});
+    }
+    return {};
+  }
+};
+
+/// The newest query alone.
+struct last {
+  [[nodiscard]] constexpr double weight(int i, int count) const noexcept { return i + 1 == count ? 1.0 : 0.0; }
+  template <std::floating_point Real>
+  [[nodiscard]] constexpr Real operator()(std::span<const Real> rows) const noexcept {
+    return rows.empty() ? Real(0) : rows.back();
+  }
+};
+
+/// The largest value over the window's queries; NaN if any is NaN. Not linear.
+struct maximum {
+  template <std::floating_point Real>
+  [[nodiscard]] constexpr Real operator()(std::span<const Real> rows) const noexcept {
+    if (rows.empty()) return Real(0);
+    Real largest = rows[0];
+    for (const Real value : rows) largest = value > largest || value != value ? value : largest;
+    return largest;
+  }
+};
+
+}  // namespace restkv
