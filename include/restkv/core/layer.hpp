@@ -20,8 +20,8 @@ enum class padding { left, right };
 struct output_metric_view {
   /// G[h], in double. [query_heads, head_dim, head_dim]
   tensor_view<const double, 3> gram{};
-  /// R[h] with R^T R = G, so that ||W x|| = ||R x||; row r is sqrt(lambda_r) times the r-th eigenvector of G, the
-  /// largest eigenvalue first. [query_heads, head_dim, head_dim]
+  /// The Cholesky factor L[h], lower triangular with L L^T = G, so that ||W x|| = ||L^T x||.
+  /// [query_heads, head_dim, head_dim]
   tensor_view<const float, 3> factor{};
   /// lambda_r, descending, never negative. [query_heads, head_dim]
   tensor_view<const float, 2> spectrum{};

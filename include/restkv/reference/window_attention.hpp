@@ -51,7 +51,10 @@ template <element T>
     const auto key = token_row(layer.key, batch, kv_head, span.begin + n);
     double dot = 0;
     for (index_t c = 0; c < head_dim; ++c) dot += widen<double>(query(c)) * key[static_cast<std::size_t>(c)];
-    row.share[static_cast<std::size_t>(n)] = dot / std::sqrt(static_cast<double>(head_dim));
+    // A logit that is not a number counts as the lowest: a damaged key gets no attention and spoils nobody else's.
+    constexpr double most = std::numeric_limits<double>::max();
+    row.share[static_cast<std::size_t>(n)] =
+        std::isnan(dot) ? -most : std::clamp(dot / std::sqrt(static_cast<double>(head_dim)), -most, most);
     if (row.share[static_cast<std::size_t>(n)] > largest) {
       largest = row.share[static_cast<std::size_t>(n)];
       row.top = n;

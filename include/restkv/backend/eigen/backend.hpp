@@ -1,0 +1,188 @@
+// SPDX-License-Identifier: Apache-2.0
+/// @file
+/// `eigen_backend`: the production CPU path.
+#pragma once
+
+#include <restkv/backend/eigen/drift.hpp>
+#include <restkv/backend/eigen/indicator.hpp>
+#include <restkv/backend/eigen/observation.hpp>
+#include <restkv/backend/eigen/output_metric.hpp>
+#include <restkv/backend/eigen/thread_pool.hpp>
+
+#include <new>
+
+namespace restkv {
+
+/// Float arithmetic on Eigen's vector layer, threads over (sequence, KV head).
+///
+/// One pass over the keys per query head gives the window's attention; values are read once for the outputs and once
+/// for the distances, which cost one triangular d x d product a token and head. Extra memory: one [window, tokens]
+/// tile a thread, see `plan::workspace_bytes`. Results do not depend on the number of threads, on the strides, or on how
+/// the cache is cut into chunks.
+class eigen_backend {
+ public:
+  using score_type = float;
+
+  /// `threads` in all, the calling one included; values below 1 count as 1. Allocates the pool, nothing later.
+  explicit eigen_backend(int threads = 1) : pool_(threads) {}
+
+  [[nodiscard]] int threads() const noexcept { return pool_.threads(); }
+
+  template <class Body>
+  void parallel_for(index_t n, const Body& body) const {
+    pool_.run(n, [&](index_t i, int) { body(i); });
+  }
+
+  template <class Request>
+  class scratch {
+   public:
+    scratch(const eigen_backend& backend, const Request& request, workspace& space) noexcept
+        : drift_(space.take<double>(request.shape.batch * request.shape.query_heads),
+                 {request.shape.batch, request.shape.query_heads}),
+          states(request, space),
+          factors(request, space),
+          slots_(space.take<eigen::tile_buffers>(backend.threads())) {
+      for (int i = 0; i < backend.threads(); ++i) {
+        const eigen::tile_buffers buffers(request, states, space);
+        if (slots_ != nullptr && space.check().ok()) new (slots_ + i) eigen::tile_buffers(buffers);
+      }
+    }
+    [[nodiscard]] tensor_view<double, 2> drift() const noexcept { return drift_; }
+    [[nodiscard]] eigen::tile_buffers& slot(int i) const noexcept { return slots_[i]; }
+
+   private:
+    tensor_view<double, 2> drift_;
+
+   public:
+    eigen::head_states states;
+    eigen::metric_factors factors;
+
+   private:
+    eigen::tile_buffers* slots_;
+  };
+
+  template <class Request, element T>
+  status token_scores(const Request& request, const layer_view<T>& layer, scratch<Request>& scratch,
+                      tensor_view<float, 3> out) const {
+    RESTKV_RETURN_IF_FAILED(observe(request, layer, scratch, out));
+    if constexpr (!eigen::needs_of<Request>::local) {
+      return exact_scores(request, layer, scratch, tensor_view<const std::uint8_t, 3>{}, out);
+    } else {
+      return {};
+    }
+  }
+
+  template <class Request, element T>
+  status window_drift(const Request& request, const layer_view<T>& layer, std::span<const index_t> most_attended,
+                      scratch<Request>& scratch, tensor_view<double, 2> out) const {
+    if constexpr (!eigen::needs_of<Request>::window) {
+      for (index_t i = 0; i < out.size(); ++i) out.data[i] = 0.0;
+    } else {
+      pool_.run(request.shape.batch * request.shape.query_heads, [&](index_t unit, int slot) {
+        const index_t b = unit / request.shape.query_heads;
+        const eigen::head_task<Request> task(request, b, unit % request.shape.query_heads, sequence(layer, b));
+        out(b, task.head) = head_drift(task, layer, most_attended[static_cast<std::size_t>(b)], scratch.slot(slot));
+      });
+    }
+    return {};
+  }
+
+ private:
+  /// First half: attention and outputs of every head; the scores themselves where they need nothing else.
+  template <class Request, element T>
+  status observe(const Request& request, const layer_view<T>& layer, scratch<Request>& scratch,
+                 tensor_view<float, 3> out) const {
+    using needs = eigen::needs_of<Request>;
+    RESTKV_RETURN_IF_FAILED(scratch.factors.prepare(request, layer.metric));
+    if constexpr (needs::window) {
+      pool_.run(request.shape.batch * request.shape.kv_heads, [&](index_t unit, int slot) {
+        const index_t b = unit / request.shape.kv_heads;
+        observe_kv_head(request, layer, b, unit % request.shape.kv_heads, scratch, scratch.slot(slot), out);
+      });
+    }
+    return {};
+  }
+
+  template <class Request, element T>
+  static void observe_kv_head(const Request& request, const layer_view<T>& layer, index_t batch, index_t kv_head,
+                              scratch<Request>& scratch, eigen::tile_buffers& buffers, tensor_view<float, 3> out) {
+    using needs = eigen::needs_of<Request>;
+    const sequence_span span = sequence(layer, batch);
+    const index_t group = request.shape.group();
+    const bool after = order_of(request.score) == query_order::after;
+    if (request.past_of(span.length) == 0) return;
+    eigen::head_states& states = scratch.states;
+    for (index_t j = 0; j < group; ++j) {
+      const eigen::head_task<Request> task(request, batch, kv_head * group + j, span);
+      task.fill_weights(buffers.weights, states.lanes);
+      buffers.softmax.run(layer, batch, {task.head, 1, task.window, states.lanes}, span);
+      if constexpr (needs::local) {
+        if (request.group == group_reduce::none) {
+          eigen::score_locally(task, buffers, &out(batch, task.head, 0));
+          continue;
+        }
+        float* const row = &out(batch, kv_head, 0);
+        float* const own = buffers.row;
+        eigen::score_locally(task, buffers, own);
+        for (index_t n = 0; n < task.past; ++n) row[n] = group_fold(request.group, row[n], own[n], j == 0);
+      } else if (after) {
+        eigen::smoothed_row(task, buffers, states);
+      } else {
+        eigen::keep_softmax(task, buffers.softmax, states);
+        if constexpr (needs::output) eigen::outputs_per_query(task, layer, buffers, states);
+      }
+    }
+    if constexpr (needs::local) {
+      if (request.group == group_reduce::none) return;
+      float* const row = &out(batch, kv_head, 0);
+      const index_t past = request.past_of(span.length);
+      for (index_t n = 0; n < past; ++n) {
+        row[n] = eigen::finite_score(group_finish(request.group, row[n], group));
+      }
+    } else if constexpr (needs::output) {
+      if (after) eigen::outputs_of_rows(request, layer, batch, kv_head, span, buffers, states);
+      for (index_t j = 0; j < group; ++j) {
+        const eigen::head_task<Request> task(request, batch, kv_head * group + j, span);
+        eigen::map_outputs(task, layer, scratch.factors, buffers, states);
+      }
+    }
+  }
+
+  /// Second half: the scores of the tokens that `chosen` [batch, heads, tokens] marks, of all where it is missing.
+  template <class Request, element T>
+  status exact_scores(const Request& request, const layer_view<T>& layer, scratch<Request>& scratch,
+                      tensor_view<const std::uint8_t, 3> chosen, tensor_view<float, 3> out) const {
+    pool_.run(request.shape.batch * request.heads(), [&](index_t unit, int slot) {
+      const index_t b = unit / request.heads();
+      const index_t row = unit % request.heads();
+      eigen::score_row(request, layer, b, row, sequence(layer, b),
+                       chosen.data == nullptr ? nullptr : &chosen(b, row, 0), scratch.factors, scratch.slot(slot),
+                       scratch.states, &out(b, row, 0));
+    });
+    return {};
+  }
+
+  /// Drift of one head: mean position of the most attended tokens, front half of the window less rear half.
+  template <class Request, element T>
+  static double head_drift(const eigen::head_task<Request>& task, const layer_view<T>& layer, index_t most_attended,
+                           eigen::tile_buffers& buffers) {
+    const index_t length = task.span.length;
+    const index_t pairs = task.window / 2;
+    const index_t count = std::min(most_attended, length);
+    if (pairs == 0 || count <= 0) return 0.0;
+    std::uint32_t* const keys = buffers.softmax.logit_keys(layer, task.batch, task.head, task.window, task.span,
+                                                           buffers.shares);
+    double drift = 0;
+    for (index_t i = 0; i < 2 * pairs; ++i) {
+      const double sum = eigen::sum_of_top_positions({keys + i * length, static_cast<std::size_t>(length)}, count);
+      drift += i < pairs ? sum : -sum;
+    }
+    return drift / static_cast<double>(pairs * count);
+  }
+
+  eigen::thread_pool pool_;
+};
+
+static_assert(tensor_backend<eigen_backend>);
+
+}  // namespace restkv

@@ -1,0 +1,266 @@
+// SPDX-License-Identifier: Apache-2.0
+/// @file
+/// Second half of scoring: the features of chosen tokens and their scores, and cheap bounds on the scores of all.
+#pragma once
+
+#include <restkv/backend/eigen/observation.hpp>
+
+namespace restkv::eigen {
+
+/// Ends the first half for one head: the outputs through the metric, M o with M = L^T or the identity, laid out for the
+/// product with M v.
+template <class Request, element T>
+void map_outputs(const head_task<Request>& task, const layer_view<T>& layer, const metric_factors& factors,
+                 tile_buffers& buffers, head_states& states) noexcept {
+  const index_t width = states.width;
+  const index_t outputs = states.outputs;
+  const bool after = order_of(task.request.score) == query_order::after;
+  float* const output = buffers.vector;         // o, [width]
+  float* const mapped = buffers.vector + width;  // M o, [width]
+  for (index_t i = 0; i < (after ? 1 : task.window); ++i) {
+    const index_t cell = task.state() * outputs + i;
+    const index_t top = states.top[cell];
+    const float share = after ? states.row[task.state() * states.tokens + top] : 1.0f / (1.0f + states.rest[cell]);
+    const float_rows value =
+        load_tokens(layer.value, task.batch, task.kv_head(), task.span.begin + top, 1, width, buffers.values);
+    for (index_t c = 0; c < width; ++c) output[c] = states.others[cell * width + c] + share * value.data[c];
+    const float* image = output;
+    if (needs_metric(task.request.score)) {
+      factors.apply(task.head, {output, width}, 1, mapped);
+      image = mapped;
+    }
+    states.image_norm[cell] = dot(image, image, width);
+    float* const target = states.image + task.state() * outputs * width;
+    for (index_t c = 0; c < width; ++c) target[c * outputs + i] = image[c];
+  }
+  // Padded lanes: a zero image keeps their products finite.
+  for (index_t i = after ? 1 : task.window; i < outputs; ++i) {
+    states.image_norm[task.state() * outputs + i] = 0.0f;
+    for (index_t c = 0; c < width; ++c) states.image[(task.state() * width + c) * outputs + i] = 0.0f;
+  }
+}
+
+/// ||M (o - v_top)|| for a head's top token: from the other tokens' share of o and 1 - a, so that nothing cancels.
+template <class Request>
+[[nodiscard]] float top_distance(const head_task<Request>& task, index_t cell, const float* value, float rest_share,
+                                 const metric_factors& factors, tile_buffers& buffers,
+                                 const head_states& states) noexcept {
+  const index_t width = states.width;
+  float* const difference = buffers.vector;
+  for (index_t c = 0; c < width; ++c) difference[c] = states.others[cell * width + c] - rest_share * value[c];
+  // Scaled before squaring: the difference may be as small as rest_share, whose square underflows.
+  float largest = 0;
+  for (index_t c = 0; c < width; ++c) largest = std::max(largest, std::fabs(difference[c]));
+  if (!(largest > 0.0f)) return largest;
+  for (index_t c = 0; c < width; ++c) difference[c] /= largest;
+  const float* image = difference;
+  if (needs_metric(task.request.score)) {
+    factors.apply(task.head, {difference, width}, 1, buffers.vector + width);
+    image = buffers.vector + width;
+  }
+  return std::sqrt(dot(image, image, width)) * largest;
+}
+
+/// The rows of `count` chosen tokens of one head: as they lie when the tokens follow each other, gathered otherwise.
+template <element T>
+[[nodiscard]] float_rows chosen_rows(const chunked_tensor_view<const T>& cache, index_t batch, index_t head,
+                                     index_t begin, const index_t* tokens, index_t count, index_t width,
+                                     float* staging) noexcept {
+  if (tokens[count - 1] - tokens[0] == count - 1) {
+    return load_tokens(cache, batch, head, begin + tokens[0], count, width, staging);
+  }
+  for (index_t n = 0; n < count; ++n) {
+    const float_rows row = load_tokens(cache, batch, head, begin + tokens[n], 1, width, staging + n * width);
+    if (row.data != staging + n * width) std::copy_n(row.data, width, staging + n * width);
+  }
+  return {staging, width};
+}
+
+/// Squared distances below this part of their terms' sum are recomputed as a sum of squared differences: the expanded
+/// form |z|^2 - 2 z y + |y|^2 has lost two digits there.
+inline constexpr float expansion_limit = 1e-2f;
+
+/// Scores of `count` tokens (buffers.tokens) of one head, given M v of each (`images`): calls emit(i, score).
+template <class Request, class Emit>
+void score_tile(const head_task<Request>& task, index_t count, const float_rows& keys, const float_rows& values,
+                const float_rows& images, const metric_factors& factors, tile_buffers& buffers,
+                const head_states& states, const Emit& emit) noexcept {
+  using namespace Eigen::internal;
+  using needs = needs_of<Request>;
+  constexpr bool distance = has(needs::set, feature::distance);
+  constexpr bool output_norm = has(needs::set, feature::output_norm);
+  const index_t lanes = states.lanes;
+  const index_t width = states.width;
+  const index_t head_dim = task.request.shape.head_dim;
+
+  const auto token_norms = [&](token_features<float>& f, index_t n) {
+    if constexpr (has(needs::set, feature::value_norm)) {
+      const float* const image = images.data + n * images.stride;
+      f.value_norm = std::sqrt(dot(image, image, width));
+    }
+    if constexpr (has(needs::set, feature::key_norm)) {
+      float sum = 0;
+      for (index_t c = 0; c < head_dim; ++c) {
+        const float key = keys.data[n * keys.stride + c];
+        sum += key * key;
+      }
+      f.key_norm = std::sqrt(sum);
+    }
+  };
+
+  if constexpr (!needs::window) {
+    for (index_t n = 0; n < count; ++n) {
+      auto f = task.features(buffers.tokens[n]);
+      token_norms(f, n);
+      emit(n, finite_score(task.request.score(f)));
+    }
+    return;
+  } else {
+    if (order_of(task.request.score) == query_order::after) {
+      const index_t cell = task.state();
+      const float* const row = states.row + cell * states.tokens;
+      for (index_t n = 0; n < count; ++n) {
+        const index_t token = buffers.tokens[n];
+        auto f = task.features(token);
+        token_norms(f, n);
+        f.attention = row[token];
+        float rest = 1.0f - f.attention;
+        const bool is_top = token == states.top[cell];
+        if (is_top) rest = states.rest[cell];
+        rest = std::max(rest, least_rest);
+        f.odds = f.attention / rest;
+        if constexpr (distance) {
+          f.distance = is_top ? top_distance(task, cell, values.data + n * values.stride, rest, factors, buffers, states)
+                              : std::sqrt(squared_distance(images.data + n * images.stride,
+                                                           states.image + cell * width, width));
+        }
+        if constexpr (output_norm) f.output_norm = std::sqrt(states.image_norm[cell]);
+        emit(n, finite_score(task.request.score(f)));
+      }
+      return;
+    }
+
+    const index_t cells = task.state() * lanes;
+    const float* const largest = states.largest + cells;
+    const float* const rest = states.rest + cells;
+    multiply({keys.data, keys.stride, 1}, count, states.queries + task.state() * head_dim * lanes, lanes, lanes,
+             head_dim, buffers.shares, lanes);
+    const packet one = pset1<packet>(1.0f);
+    packet probe = pset1<packet>(0.0f);
+    for (index_t i = 0; i < count * lanes; i += packet_size) {
+      probe = pmadd(ploadu<packet>(buffers.shares + i), pset1<packet>(0.0f), probe);
+    }
+    if (!(predux(probe) == 0.0f)) make_finite(buffers.shares, count * lanes);
+    for (index_t lane = 0; lane < lanes; lane += packet_size) {
+      const packet shift = ploadu<packet>(largest + lane);
+      const packet scale = pdiv(one, padd(one, ploadu<packet>(rest + lane)));
+      for (index_t n = 0; n < count; ++n) {
+        float* const cell = buffers.shares + n * lanes + lane;
+        const packet share = pmul(pexp(psub(ploadu<packet>(cell), shift)), scale);
+        pstoreu(cell, share);
+        if constexpr (has(needs::set, feature::odds)) {
+          pstoreu(buffers.odds + n * lanes + lane, pdiv(share, psub(one, share)));
+        }
+      }
+    }
+    if constexpr (distance) {
+      multiply({images.data, images.stride, 1}, count, states.image + cells * width, lanes, lanes, width,
+               buffers.cross, lanes);
+    }
+    std::fill(buffers.scores, buffers.scores + lanes, 0.0f);
+    for (index_t n = 0; n < count; ++n) {
+      const index_t token = buffers.tokens[n];
+      const float* const image = images.data + n * images.stride;
+      float* const cross = buffers.cross + n * lanes;
+      float* const odds = buffers.odds + n * lanes;
+      if constexpr (distance) {
+        const float norm = dot(image, image, width);
+        bool cancels = false;
+        for (index_t lane = 0; lane < lanes; ++lane) {
+          const float terms = norm + states.image_norm[cells + lane];
+          const float squared = terms - 2.0f * cross[lane];
+          cancels |= squared < expansion_limit * terms;
+          cross[lane] = std::sqrt(std::max(squared, 0.0f));
+        }
+        for (index_t lane = 0; cancels && lane < task.window; ++lane) {
+          const float terms = norm + states.image_norm[cells + lane];
+          if (cross[lane] * cross[lane] >= 2.0f * expansion_limit * terms) continue;
+          float sum = 0;
+          for (index_t c = 0; c < width; ++c) {
+            const float difference = image[c] - states.image[(task.state() * width + c) * lanes + lane];
+            sum += difference * difference;
+          }
+          cross[lane] = std::sqrt(sum);
+        }
+      }
+      if constexpr (has(needs::set, feature::odds) || distance) {
+        for (index_t lane = 0; lane < task.window; ++lane) {
+          if (states.top[cells + lane] != token) continue;
+          const float others = std::max(rest[lane], least_rest);
+          odds[lane] = 1.0f / others;
+          if constexpr (distance) {
+            cross[lane] = top_distance(task, cells + lane, values.data + n * values.stride, others / (1.0f + others),
+                                       factors, buffers, states);
+          }
+        }
+      }
+      auto f = task.features(token);
+      token_norms(f, n);
+      for (index_t lane = 0; lane < task.window; ++lane) {
+        f.attention = buffers.shares[n * lanes + lane];
+        if constexpr (has(needs::set, feature::odds)) f.odds = odds[lane];
+        if constexpr (distance) f.distance = cross[lane];
+        if constexpr (output_norm) f.output_norm = std::sqrt(states.image_norm[cells + lane]);
+        buffers.scores[lane] = task.request.score(f);
+      }
+      emit(n, finite_score(task.reduce(buffers.scores, buffers.weights, lanes)));
+    }
+  }
+}
+
+/// Scores of one row of the result (a KV head, or a query head without group reduction): row[n] for the tokens n < past
+/// that `chosen` marks, or for all where it is null. A score does not depend on which other tokens are chosen.
+template <class Request, element T>
+void score_row(const Request& request, const layer_view<T>& layer, index_t batch, index_t row_index,
+               const sequence_span& span, const std::uint8_t* chosen, const metric_factors& factors,
+               tile_buffers& buffers, const head_states& states, float* row) noexcept {
+  using needs = needs_of<Request>;
+  const index_t heads = request.shape.query_heads / request.heads();
+  const head_task<Request> first(request, batch, row_index * heads, span);
+  if constexpr (needs::window) first.fill_weights(buffers.weights, states.lanes);
+  for (index_t next = 0; next < first.past;) {
+    index_t count = 0;
+    for (; next < first.past && count < tile_tokens; ++next) {
+      if (chosen == nullptr || chosen[next] != 0) buffers.tokens[count++] = next;
+    }
+    if (count == 0) break;
+    float_rows keys{};
+    float_rows values{};
+    const bool reads_keys = has(needs::set, feature::key_norm) ||
+                            (needs::window && order_of(request.score) == query_order::before);
+    if (reads_keys) {
+      keys = chosen_rows(layer.key, batch, first.kv_head(), span.begin, buffers.tokens, count, request.shape.head_dim,
+                         buffers.keys);
+    }
+    if constexpr (needs::values) {
+      values = chosen_rows(layer.value, batch, first.kv_head(), span.begin, buffers.tokens, count, states.width,
+                           buffers.values);
+    }
+    for (index_t j = 0; j < heads; ++j) {
+      const head_task<Request> task(request, batch, row_index * heads + j, span);
+      float_rows images = values;
+      if (needs_metric(request.score)) {
+        factors.apply(task.head, values, count, buffers.images);
+        images = {buffers.images, states.width};
+      }
+      score_tile(task, count, keys, values, images, factors, buffers, states, [&](index_t i, float score) {
+        buffers.folded[i] = group_fold(request.group, buffers.folded[i], score, j == 0);
+      });
+    }
+    for (index_t i = 0; i < count; ++i) {
+      row[buffers.tokens[i]] = finite_score(group_finish(request.group, buffers.folded[i], heads));
+    }
+  }
+}
+
+}  // namespace restkv::eigen
