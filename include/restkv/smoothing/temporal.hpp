@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 /// @file
-/// Temporal smoothing: from one row per window query to one row. The concept, and its four models.
+/// Temporal smoothing: from one row per window query to one row. The concept, and its models.
 #pragma once
 
 #include <restkv/core/status.hpp>
@@ -41,6 +41,15 @@ template <class S, std::floating_point Real>
 /// The mean over the window's queries.
 struct mean {
   [[nodiscard]] constexpr double weight(int, int count) const noexcept { return 1.0 / count; }
+  template <std::floating_point Real>
+  [[nodiscard]] constexpr Real operator()(std::span<const Real> rows) const noexcept {
+    return detail::weighted_rows(*this, rows);
+  }
+};
+
+/// The sum over the window's queries: the mean up to a factor, so it keeps the same tokens (SnapKV's release).
+struct sum {
+  [[nodiscard]] constexpr double weight(int, int) const noexcept { return 1.0; }
   template <std::floating_point Real>
   [[nodiscard]] constexpr Real operator()(std::span<const Real> rows) const noexcept {
     return detail::weighted_rows(*this, rows);

@@ -80,11 +80,11 @@ template <element T>
 /// form |z|^2 - 2 z y + |y|^2 has lost two digits there.
 inline constexpr float expansion_limit = 1e-2f;
 
-/// Scores of `count` tokens (buffers.tokens) of one head, given M v of each (`images`): calls emit(i, score).
-template <class Request, class Emit>
+/// Scores of `count` tokens (buffers.tokens) of one head, given M v of each (`images`): calls deliver(i, score).
+template <class Request, class Deliver>
 void score_tile(const head_task<Request>& task, index_t count, const float_rows& keys, const float_rows& values,
                 const float_rows& images, const metric_factors& factors, tile_buffers& buffers,
-                const head_states& states, const Emit& emit) noexcept {
+                const head_states& states, const Deliver& deliver) noexcept {
   using namespace Eigen::internal;
   using needs = needs_of<Request>;
   constexpr bool distance = has(needs::set, feature::distance);
@@ -112,7 +112,7 @@ void score_tile(const head_task<Request>& task, index_t count, const float_rows&
     for (index_t n = 0; n < count; ++n) {
       auto f = task.features(buffers.tokens[n]);
       token_norms(f, n);
-      emit(n, finite_score(task.request.score(f)));
+      deliver(n, finite_score(task.request.score(f)));
     }
     return;
   } else {
@@ -135,7 +135,7 @@ void score_tile(const head_task<Request>& task, index_t count, const float_rows&
                                                            states.image + cell * width, width));
         }
         if constexpr (output_norm) f.output_norm = std::sqrt(states.image_norm[cell]);
-        emit(n, finite_score(task.request.score(f)));
+        deliver(n, finite_score(task.request.score(f)));
       }
       return;
     }
@@ -213,7 +213,7 @@ void score_tile(const head_task<Request>& task, index_t count, const float_rows&
         if constexpr (output_norm) f.output_norm = std::sqrt(states.image_norm[cells + lane]);
         buffers.scores[lane] = task.request.score(f);
       }
-      emit(n, finite_score(task.reduce(buffers.scores, buffers.weights, lanes)));
+      deliver(n, finite_score(task.reduce(buffers.scores, buffers.weights, lanes)));
     }
   }
 }

@@ -43,7 +43,7 @@ class thread_pool {
     loop(const Body* work_body, index_t count, unsigned helpers) : body(work_body), n(count), done(helpers) {}
 
     void work(bool helper) {
-      const int slot = slots.fetch_add(1);
+      const int slot = next_slot.fetch_add(1);
       for (index_t i = next.fetch_add(1); i < n; i = next.fetch_add(1)) (*body)(i, slot);
       if (helper) done.Notify();
     }
@@ -51,7 +51,7 @@ class thread_pool {
     const Body* body;
     index_t n;
     std::atomic<index_t> next{0};
-    std::atomic<int> slots{0};
+    std::atomic<int> next_slot{0};
     Eigen::Barrier done;
   };
 

@@ -1,0 +1,12 @@
+// SPDX-License-Identifier: Apache-2.0
+/// @file
+/// Everything that runs on a CPU. Needs Eigen, for `eigen_backend`; every other header but those of interop/ needs the
+/// standard library alone and can be included by itself.
+#pragma once
+
+#include <restkv/backend/eigen/backend.hpp>
+#include <restkv/cache/rope.hpp>
+#include <restkv/compact.hpp>
+#include <restkv/presets.hpp>
+#include <restkv/reference/backend.hpp>
+#include <restkv/select.hpp>
