@@ -1,8 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the cache tests share: tensors with random strides inside guarded memory, and random kept sets.
+// What the cache tests share: random kept sets, and layouts and loops of a user's own.
 #pragma once
 
-#include "support/catch.hpp"
+#include "support/check_error.hpp"
+#include "support/guarded_tensor.hpp"
+#include "support/random.hpp"
 
 #include <restkv/core/dtype.hpp>
 #include <restkv/core/status.hpp>
@@ -10,98 +12,20 @@
 #include <restkv/selection/kept_tokens.hpp>
 
 #include <algorithm>
-#include <array>
-#include <cctype>
-#include <cstring>
 #include <limits>
 #include <numeric>
-#include <random>
-#include <string>
 #include <type_traits>
 #include <vector>
 
 namespace restkv_test {
 
-using restkv::index_t;
 using restkv::position_t;
 using restkv::tensor_view;
-
-using random_engine = std::mt19937;
-
-/// Uniform in [low, high].
-inline index_t pick(random_engine& random, index_t low, index_t high) {
-  return std::uniform_int_distribution<index_t>(low, high)(random);
-}
-
-inline bool chance(random_engine& random, int percent) { return pick(random, 0, 99) < percent; }
 
 /// An element whose three bytes are a value of no arithmetic type.
 struct packed_code {
   unsigned char bytes[3];
 };
-
-/// Memory with guards in front, behind and in the gaps between elements, all of it random bytes. A test says what it
-/// expects by writing into a copy and comparing everything.
-template <class T, std::size_t Rank>
-class guarded_tensor {
- public:
-  struct options {
-    bool contiguous_channels = false;  ///< last axis innermost with stride 1
-    bool reversed_axes = false;        ///< allow negative strides
-    bool gaps = true;
-  };
-
-  guarded_tensor(random_engine& random, const std::array<index_t, Rank>& extents, options how) {
-    std::array<std::size_t, Rank> order;  // innermost first
-    std::iota(order.begin(), order.end(), std::size_t{0});
-    std::shuffle(order.begin(), order.end(), random);
-    if (how.contiguous_channels) {
-      std::iter_swap(order.begin(), std::find(order.begin(), order.end(), Rank - 1));
-    }
-    std::array<index_t, Rank> strides{};
-    index_t step = 1;
-    index_t first = guard;
-    for (const std::size_t axis : order) {
-      if (how.gaps && !(how.contiguous_channels && axis == Rank - 1)) step += pick(random, 0, 2);
-      strides[axis] = step;
-      step *= std::max<index_t>(extents[axis], 1);
-      if (how.reversed_axes && !(how.contiguous_channels && axis == Rank - 1) && chance(random, 25)) {
-        first += (std::max<index_t>(extents[axis], 1) - 1) * strides[axis];
-        strides[axis] = -strides[axis];
-      }
-    }
-    memory_.resize(static_cast<std::size_t>(step + 2 * guard));
-    for (T& element : memory_) {
-      unsigned char bytes[sizeof(T)];
-      for (unsigned char& byte : bytes) byte = static_cast<unsigned char>(random());
-      std::memcpy(static_cast<void*>(&element), bytes, sizeof(T));
-    }
-    view_ = {memory_.data() + first, extents, strides};
-  }
-  guarded_tensor(const guarded_tensor& other) : memory_(other.memory_), view_(other.view_) {
-    view_.data = memory_.data() + (other.view_.data - other.memory_.data());
-  }
-  guarded_tensor& operator=(const guarded_tensor&) = delete;
-
-  [[nodiscard]] const tensor_view<T, Rank>& view() const { return view_; }
-  [[nodiscard]] tensor_view<const T, Rank> read() const { return view_; }
-
-  /// Every byte, guards and gaps included.
-  [[nodiscard]] bool same_bytes(const guarded_tensor& other) const {
-    return memory_.size() == other.memory_.size() &&
-           std::memcmp(memory_.data(), other.memory_.data(), memory_.size() * sizeof(T)) == 0;
-  }
-
- private:
-  static constexpr index_t guard = 16;
-  std::vector<T> memory_;
-  tensor_view<T, Rank> view_;
-};
-
-template <class T>
-bool same_bits(const T& a, const T& b) {
-  return std::memcmp(&a, &b, sizeof(T)) == 0;
-}
 
 /// A kept set with its memory. What is behind a head's length is no position at all.
 class random_kept {
@@ -137,30 +61,6 @@ class random_kept {
   guarded_tensor<position_t, 3> positions_;
   guarded_tensor<position_t, 2> lengths_;
 };
-
-/// True when a text names a number, not as a part of another.
-inline bool names_number(const std::string& text, index_t number) {
-  const std::string digits = std::to_string(number);
-  for (std::size_t at = text.find(digits); at != std::string::npos; at = text.find(digits, at + 1)) {
-    const auto alone = [&](std::size_t i) {
-      return i >= text.size() || std::isdigit(static_cast<unsigned char>(text[i])) == 0;
-    };
-    if ((at == 0 || alone(at - 1)) && alone(at + digits.size())) return true;
-  }
-  return false;
-}
-
-/// Checks that a call failed with a code and named the numbers at odds.
-inline void check_error(const restkv::status& outcome, restkv::errc code, const std::vector<index_t>& numbers,
-                        const std::string& word = "") {
-  INFO("message: " << outcome.message());
-  CHECK(outcome.code() == code);
-  for (const index_t number : numbers) {
-    INFO("number: " << number);
-    CHECK(names_number(outcome.message(), number));
-  }
-  CHECK(std::string(outcome.message()).find(word) != std::string::npos);
-}
 
 /// Runs the rows from the last to the first, and counts them.
 struct backward_for {
