@@ -143,20 +143,18 @@ template <tensor_backend Backend, class Policy, element T>
   }
 
   // Drift first: it needs counts[] as input, which the allocator overwrites.
+  std::fill_n(memory.drift.data, batch * heads, 0.0);
   if constexpr (needs_drift<decltype(policy.spatial)>()) {
-    RESTKV_RETURN_IF_FAILED(backend.window_drift(request, layer, std::span<const index_t>(memory.counts, batch),
-                                                 scratch, scratch.drift()));
-    const index_t group = plan.shape.query_heads / heads;
-    for (index_t b = 0; b < batch; ++b) {
-      for (index_t h = 0; h < heads; ++h) {
-        double sum = 0;
-        for (index_t j = 0; j < group; ++j) sum += scratch.drift()(b, h * group + j);
-        memory.drift(b, h) = sum / static_cast<double>(group);
+    if (uses_drift(policy.spatial)) {
+      RESTKV_RETURN_IF_FAILED(backend.window_drift(request, layer, std::span<const index_t>(memory.counts, batch),
+                                                   scratch, scratch.drift()));
+      const index_t group = plan.shape.query_heads / heads;
+      for (index_t b = 0; b < batch; ++b) {
+        for (index_t h = 0; h < heads; ++h) {
+          for (index_t j = 0; j < group; ++j) memory.drift(b, h) += scratch.drift()(b, h * group + j);
+          memory.drift(b, h) /= static_cast<double>(group);
+        }
       }
-    }
-  } else {
-    for (index_t b = 0; b < batch; ++b) {
-      for (index_t h = 0; h < heads; ++h) memory.drift(b, h) = 0;
     }
   }
   RESTKV_RETURN_IF_FAILED(backend.token_scores(request, layer, scratch, memory.score));

@@ -26,15 +26,19 @@ struct token_reach {
   index_t last = 0;
 };
 
+namespace detail {
+
+template <class S, class Real>
+concept smooths_row = requires(const S& smoother, std::span<const Real> in, std::span<Real> out,
+                               const row_context& context) { smoother(in, out, context); };
+
+}  // namespace detail
+
 /// A spatial smoother: `smoother(in, out, context)` fills `out`, which has the extent of `in` and does not overlap it.
 /// `static constexpr bool needs_drift = true` asks for the drift. A smoother whose output never falls when an input
 /// grows says so by having `reach(context)`; certified pruning needs that.
 template <class S>
-concept spatial_smoother = requires(const S& smoother, std::span<const float> in, std::span<float> out,
-                                    std::span<const double> in64, std::span<double> out64, const row_context& row) {
-  smoother(in, out, row);
-  smoother(in64, out64, row);
-};
+concept spatial_smoother = detail::smooths_row<S, float> && detail::smooths_row<S, double>;
 
 template <class S>
 concept monotone_spatial_smoother = spatial_smoother<S> && requires(const S& smoother, const row_context& row) {
@@ -45,6 +49,13 @@ template <spatial_smoother S>
 [[nodiscard]] constexpr bool needs_drift() noexcept {
   if constexpr (requires { S::needs_drift; }) return S::needs_drift;
   return false;
+}
+
+/// False where a smoother whose type needs the drift has a member `uses_drift()` that says it will not look at it.
+template <spatial_smoother S>
+[[nodiscard]] constexpr bool uses_drift(const S& smoother) noexcept {
+  if constexpr (requires { { smoother.uses_drift() } -> std::convertible_to<bool>; }) return smoother.uses_drift();
+  return needs_drift<S>();
 }
 
 /// No spatial smoothing: out = in.

@@ -1,0 +1,82 @@
+// SPDX-License-Identifier: Apache-2.0
+/// @file
+/// Policy parts chosen at run time: for programs that read their policy from a file. Each holds one of the parts of its
+/// kind and behaves exactly like it; one instantiation of `select` then serves all of them.
+#pragma once
+
+#include <restkv/policy.hpp>
+
+#include <type_traits>
+#include <variant>
+
+namespace restkv {
+
+namespace detail {
+
+/// `part.check()` where the part has one.
+template <class... Parts>
+[[nodiscard]] status check_choice(const std::variant<Parts...>& choice) noexcept {
+  return std::visit(
+      [](const auto& part) -> status {
+        if constexpr (requires { part.check(); }) return part.check();
+        return {};
+      },
+      choice);
+}
+
+}  // namespace detail
+
+/// A temporal smoother that is a weighted sum of the window's rows.
+struct any_linear_temporal {
+  std::variant<mean, sum, ema, last> choice{};
+
+  [[nodiscard]] double weight(int i, int count) const noexcept {
+    return std::visit([&](const auto& part) -> double { return part.weight(i, count); }, choice);
+  }
+  template <std::floating_point Real>
+  [[nodiscard]] Real operator()(std::span<const Real> rows) const noexcept {
+    return std::visit([&](const auto& part) -> Real { return part(rows); }, choice);
+  }
+  [[nodiscard]] status check() const noexcept { return detail::check_choice(choice); }
+};
+
+/// A spatial smoother. `needs_drift` holds for the type; the drift is computed only when the choice asks for it.
+struct any_spatial {
+  std::variant<no_pool, average_pool, max_pool, adaptive_window> choice{};
+
+  static constexpr bool needs_drift = true;
+
+  [[nodiscard]] constexpr bool uses_drift() const noexcept { return std::holds_alternative<adaptive_window>(choice); }
+  template <std::floating_point Real>
+  void operator()(std::span<const Real> in, std::span<Real> out, const row_context& row) const noexcept {
+    std::visit([&](const auto& part) { part(in, out, row); }, choice);
+  }
+  [[nodiscard]] token_reach reach(const row_context& row) const noexcept {
+    return std::visit([&](const auto& part) -> token_reach { return part.reach(row); }, choice);
+  }
+  [[nodiscard]] status check() const noexcept { return detail::check_choice(choice); }
+};
+
+/// A budget allocator.
+struct any_budget {
+  std::variant<uniform, pyramid, ada_kv> choice{};
+
+  [[nodiscard]] index_t tokens_per_head(const budget_problem& problem) const noexcept {
+    return std::visit([&](const auto& part) -> index_t { return part.tokens_per_head(problem); }, choice);
+  }
+  [[nodiscard]] index_t most_per_head(const budget_problem& problem) const noexcept {
+    return std::visit([&](const auto& part) -> index_t { return part.most_per_head(problem); }, choice);
+  }
+  template <std::unsigned_integral Key>
+  void allocate(const budget_problem& problem, tensor_view<const Key, 2> keys, std::span<index_t> counts,
+                std::span<double> scratch) const noexcept {
+    std::visit([&](const auto& part) { part.allocate(problem, keys, counts, scratch); }, choice);
+  }
+  [[nodiscard]] status check() const noexcept { return detail::check_choice(choice); }
+};
+
+static_assert(linear_temporal_smoother<any_linear_temporal> && std::is_trivially_copyable_v<any_linear_temporal>);
+static_assert(monotone_spatial_smoother<any_spatial> && std::is_trivially_copyable_v<any_spatial>);
+static_assert(budget_allocator<any_budget> && std::is_trivially_copyable_v<any_budget>);
+
+}  // namespace restkv

@@ -1,0 +1,123 @@
+// SPDX-License-Identifier: Apache-2.0
+// A part chosen at run time behaves as the part it holds, alone and inside `select`.
+#include "support/catch.hpp"
+#include "support/random.hpp"
+
+#include <restkv/reference/backend.hpp>
+#include <restkv/runtime_parts.hpp>
+#include <restkv/select.hpp>
+
+#include <string>
+#include <vector>
+
+using namespace restkv;
+using restkv_test::normal;
+using restkv_test::random_engine;
+
+namespace {
+
+/// One sequence, 4 query heads on 2 KV heads, 8 channels.
+struct sample_layer {
+  std::vector<float> query, key;
+  layer_view<float> view;
+
+  explicit sample_layer(random_engine& random, index_t tokens = 50, index_t queries = 8) {
+    for (index_t i = 0; i < 4 * queries * 8; ++i) query.push_back(static_cast<float>(normal(random)));
+    for (index_t i = 0; i < 2 * tokens * 8; ++i) key.push_back(static_cast<float>(normal(random)));
+    view.query = {query.data(), {1, 4, queries, 8}};
+    view.key = tensor_view<const float, 4>(key.data(), {1, 2, tokens, 8});
+    view.value = view.key;
+  }
+};
+
+/// Counts the calls of window_drift.
+class counting_backend : public reference_backend {
+ public:
+  int drifts = 0;
+
+  template <class Request, element T>
+  status window_drift(const Request& request, const layer_view<T>& layer, std::span<const index_t> most_attended,
+                      scratch<Request>& scratch, tensor_view<double, 2> out) {
+    ++drifts;
+    return reference_backend::window_drift(request, layer, most_attended, scratch, out);
+  }
+};
+static_assert(tensor_backend<counting_backend>);
+
+template <class Temporal, class Spatial, class Budget>
+auto policy_of(Temporal temporal, Spatial spatial, Budget budget) {
+  return eviction_policy<snap_kv, Temporal, Spatial, Budget>{
+      .score = {},
+      .window = 8,
+      .temporal = temporal,
+      .spatial = spatial,
+      .group = group_reduce::mean,
+      .budget = budget,
+      .protect = {.sink = 0, .recent = 0}};
+}
+
+template <class Backend, class Policy>
+std::vector<std::vector<position_t>> kept_by(Backend& backend, const Policy& policy, const layer_view<float>& layer) {
+  owned_selection chosen;
+  const status outcome = chosen.run(backend, policy, layer);
+  INFO(outcome.message());
+  REQUIRE(outcome.ok());
+  std::vector<std::vector<position_t>> rows;
+  for (index_t h = 0; h < chosen.kept().heads(); ++h) {
+    const position_t* const first = &chosen.kept().positions(0, h, 0);
+    rows.emplace_back(first, first + chosen.kept().lengths(0, h));
+  }
+  return rows;
+}
+
+}  // namespace
+
+TEST_CASE("a policy of parts chosen at run time keeps what the policy of the same parts keeps") {
+  random_engine random(7);
+  const sample_layer layer(random);
+  reference_backend backend;
+  const auto compare = [&](auto temporal, auto spatial, auto budget) {
+    const auto fixed = kept_by(backend, policy_of(temporal, spatial, budget), layer.view);
+    const auto chosen = kept_by(
+        backend, policy_of(any_linear_temporal{temporal}, any_spatial{spatial}, any_budget{budget}), layer.view);
+    CHECK(fixed == chosen);
+    return fixed;
+  };
+  const auto first = compare(mean{}, no_pool{}, uniform{20});
+  CHECK(compare(ema{.alpha = 0.6f}, no_pool{}, uniform{20}) != first);
+  CHECK(compare(last{}, no_pool{}, uniform{20}) != first);
+  CHECK(compare(sum{}, no_pool{}, uniform{20}) == first);  // the mean up to a factor
+  CHECK(compare(mean{}, average_pool{.width = 3}, uniform{20}) != first);
+  CHECK(compare(mean{}, max_pool{.width = 3}, uniform{20}) != first);
+  CHECK(compare(mean{}, adaptive_window{.min_width = 3, .scale = 2}, uniform{20}) != first);
+  CHECK(compare(mean{}, no_pool{}, ada_kv{.budget = 20, .floor = 0}) != first);
+  CHECK(compare(mean{}, no_pool{}, pyramid{.budget = 20}) == first);  // one layer alone gets the uniform share
+}
+
+TEST_CASE("the drift is computed only for a smoother that uses it") {
+  random_engine random(8);
+  const sample_layer layer(random);
+  counting_backend backend;
+  kept_by(backend, policy_of(mean{}, any_spatial{average_pool{}}, uniform{20}), layer.view);
+  kept_by(backend, policy_of(mean{}, no_pool{}, uniform{20}), layer.view);
+  CHECK(backend.drifts == 0);
+  kept_by(backend, policy_of(mean{}, any_spatial{adaptive_window{}}, uniform{20}), layer.view);
+  CHECK(backend.drifts == 1);
+  kept_by(backend, policy_of(mean{}, adaptive_window{}, uniform{20}), layer.view);
+  CHECK(backend.drifts == 2);
+}
+
+TEST_CASE("a part chosen at run time reports the parameters of the part it holds") {
+  CHECK(any_linear_temporal{}.check().ok());
+  CHECK(any_spatial{}.check().ok());
+  CHECK(any_budget{}.check().ok());
+  CHECK(std::string(any_linear_temporal{ema{.alpha = 2.0f}}.check().message()) ==
+        "ema.alpha is 2, must be above 0 and at most 1");
+  CHECK(std::string(any_spatial{max_pool{.width = 4}}.check().message()) ==
+        "max_pool.width is 4, must be odd and at least 1");
+  CHECK(std::string(any_budget{ada_kv{.budget = 8, .floor = 3.0f}}.check().message()) ==
+        "ada_kv.floor is 3, must be within [0, 1]");
+  const token_reach reach = any_spatial{average_pool{.width = 7}}.reach({});
+  CHECK(reach.first == -3);
+  CHECK(reach.last == 3);
+}
