@@ -24,9 +24,18 @@ namespace restkv {
 ///
 /// Written with designated initialisers, the part types are deduced (GCC 11, Clang 17 or newer; older compilers name
 /// them: `eviction_policy<snap_kv, mean>{}`). What is left out is the library's default policy.
-template <token_score Score = rest_kv, temporal_smoother Temporal = mean, spatial_smoother Spatial = average_pool,
-          budget_allocator Budget = ada_kv>
+template <class Score = rest_kv, class Temporal = mean, class Spatial = average_pool, class Budget = ada_kv>
 struct eviction_policy {
+  // Asserted rather than constrained: where a part's type is deduced, clang does not say why it rejects one.
+  static_assert(token_score<Score>,
+                "a score needs `static constexpr restkv::feature needs` and a const call operator from token_features");
+  static_assert(temporal_smoother<Temporal>,
+                "a temporal smoother needs a const call operator from the window's values, a span, to one value");
+  static_assert(spatial_smoother<Spatial>,
+                "a spatial smoother needs a const call operator (span in, span out, const row_context&)");
+  static_assert(budget_allocator<Budget>,
+                "a budget allocator needs tokens_per_head(problem), most_per_head(problem) and allocate(...)");
+
   Score score{};
   index_t window = 32;  ///< observation window: the last `window` queries; unused by scores that need no queries
   Temporal temporal{};

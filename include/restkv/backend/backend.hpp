@@ -47,6 +47,37 @@ using archetype_request = score_request<rest_kv, mean>;
 struct archetype_body {
   void operator()(index_t) const noexcept {}
 };
+
+template <class B>
+concept has_floating_score_type = std::floating_point<typename B::score_type>;
+
+template <class B>
+concept has_parallel_for = requires(B& backend) { backend.parallel_for(index_t{}, archetype_body{}); };
+
+template <class B>
+using archetype_scratch = typename B::template scratch<archetype_request>;
+
+template <class B>
+concept has_scratch = std::constructible_from<archetype_scratch<B>, const B&, const archetype_request&, workspace&>;
+
+template <class B>
+concept has_scratch_with_drift = requires(archetype_scratch<B>& scratch) {
+  { scratch.drift() } -> std::same_as<tensor_view<double, 2>>;
+};
+
+template <class B>
+concept has_token_scores = requires(B& backend, const archetype_request& request, const layer_view<float>& layer,
+                                    archetype_scratch<B>& scratch, tensor_view<typename B::score_type, 3> rows) {
+  { backend.token_scores(request, layer, scratch, rows) } -> std::same_as<status>;
+};
+
+template <class B>
+concept has_window_drift = requires(B& backend, const archetype_request& request, const layer_view<float>& layer,
+                                    std::span<const index_t> most_attended, archetype_scratch<B>& scratch,
+                                    tensor_view<double, 2> drift) {
+  { backend.window_drift(request, layer, most_attended, scratch, drift) } -> std::same_as<status>;
+};
+
 }  // namespace detail
 
 /// A backend.
@@ -63,18 +94,8 @@ struct archetype_body {
 /// * `window_drift(request, layer, most_attended, scratch, out)`: the drift of each query head's attention, see
 ///   adaptive_window; out is [batch, query_heads]; most_attended[b] is how many tokens per query take part.
 template <class B>
-concept tensor_backend =
-    std::floating_point<typename B::score_type> &&
-    requires(B& backend, const detail::archetype_request& request, const layer_view<float>& layer, workspace& space,
-             typename B::template scratch<detail::archetype_request>& scratch,
-             tensor_view<typename B::score_type, 3> rows, tensor_view<double, 2> drift,
-             std::span<const index_t> most_attended) {
-      backend.parallel_for(index_t{}, detail::archetype_body{});
-      requires std::constructible_from<typename B::template scratch<detail::archetype_request>, const B&,
-                                       const detail::archetype_request&, workspace&>;
-      { scratch.drift() } -> std::same_as<tensor_view<double, 2>>;
-      { backend.token_scores(request, layer, scratch, rows) } -> std::same_as<status>;
-      { backend.window_drift(request, layer, most_attended, scratch, drift) } -> std::same_as<status>;
-    };
+concept tensor_backend = detail::has_floating_score_type<B> && detail::has_parallel_for<B> &&
+                         detail::has_scratch<B> && detail::has_scratch_with_drift<B> && detail::has_token_scores<B> &&
+                         detail::has_window_drift<B>;
 
 }  // namespace restkv

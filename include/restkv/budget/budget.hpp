@@ -59,6 +59,25 @@ struct budget_problem {
   [[nodiscard]] constexpr index_t protected_tokens() const noexcept { return length - candidates; }
 };
 
+namespace detail {
+
+template <class A>
+concept has_tokens_per_head = requires(const A& allocator, const budget_problem& problem) {
+  { allocator.tokens_per_head(problem) } -> std::convertible_to<index_t>;
+};
+
+template <class A>
+concept has_most_per_head = requires(const A& allocator, const budget_problem& problem) {
+  { allocator.most_per_head(problem) } -> std::convertible_to<index_t>;
+};
+
+template <class A, class Key>
+concept allocates_by_keys = requires(const A& allocator, const budget_problem& problem,
+                                     tensor_view<const Key, 2> keys, std::span<index_t> counts,
+                                     std::span<double> scratch) { allocator.allocate(problem, keys, counts, scratch); };
+
+}  // namespace detail
+
 /// A budget allocator.
 ///
 /// `tokens_per_head(problem)`: the mean number of tokens a head of this layer keeps, protected ones included; what
@@ -66,17 +85,10 @@ struct budget_problem {
 /// planning. `allocate(problem, keys, counts, scratch)`: sets counts[h], the candidates head h keeps; they must add up
 /// to heads * (tokens_per_head - protected) exactly and each lie in [0, candidates]. `scratch` has `heads` doubles.
 ///
-/// `keys` are order keys of the smoothed scores, [heads, length], 0 where a token is protected or may not be chosen.
+/// `keys` are order keys of the smoothed scores, uint32 for float and uint64 for double, [heads, length], 0 where a token is protected or may not be chosen.
 template <class A>
-concept budget_allocator = requires(const A& allocator, const budget_problem& problem,
-                                    tensor_view<const std::uint32_t, 2> keys,
-                                    tensor_view<const std::uint64_t, 2> keys64, std::span<index_t> counts,
-                                    std::span<double> scratch) {
-  { allocator.tokens_per_head(problem) } -> std::convertible_to<index_t>;
-  { allocator.most_per_head(problem) } -> std::convertible_to<index_t>;
-  allocator.allocate(problem, keys, counts, scratch);
-  allocator.allocate(problem, keys64, counts, scratch);
-};
+concept budget_allocator = detail::has_tokens_per_head<A> && detail::has_most_per_head<A> &&
+                           detail::allocates_by_keys<A, std::uint32_t> && detail::allocates_by_keys<A, std::uint64_t>;
 
 /// Candidates a head keeps on average, from what an allocator asks for.
 template <budget_allocator A>

@@ -16,15 +16,22 @@
 namespace restkv {
 
 namespace detail {
+
 struct loop_body_archetype {
   void operator()(index_t) const noexcept {}
 };
+
+template <class F>
+concept takes_count_and_body = requires(const F& loop, index_t count, const loop_body_archetype& body) {
+  loop(count, body);
+};
+
 }  // namespace detail
 
 /// How the rows of a compaction are spread over threads: `loop(n, body)` runs body(0) .. body(n - 1), each once, in
 /// any order, and returns when all are done. A backend's `parallel_for` is one.
 template <class F>
-concept parallel_loop = std::invocable<const F&, index_t, const detail::loop_body_archetype&>;
+concept parallel_loop = detail::takes_count_and_body<F>;
 
 /// The loop of one thread.
 struct serial_for {

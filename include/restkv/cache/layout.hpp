@@ -10,20 +10,47 @@
 
 namespace restkv {
 
-/// A destination for kept tokens. `row(b, h, slot)` is the vector of head_dim channels that holds the head's
-/// `slot`-th kept token; `capacity(b, h)` is how many slots the head has; `touched()` bounds the memory written, for
-/// the aliasing check; `check()` says whether the layout itself is consistent.
+namespace detail {
+
 template <class L>
-concept cache_layout = requires(const L& layout, index_t i) {
-  typename L::value_type;
+concept has_value_type = requires { typename L::value_type; };
+
+template <class L>
+concept has_batch_heads_and_head_dim = requires(const L& layout) {
   { layout.batch() } -> std::convertible_to<index_t>;
   { layout.heads() } -> std::convertible_to<index_t>;
   { layout.head_dim() } -> std::convertible_to<index_t>;
+};
+
+template <class L>
+concept has_capacity_of_each_head = requires(const L& layout, index_t i) {
   { layout.capacity(i, i) } -> std::convertible_to<index_t>;
+};
+
+template <class L>
+concept has_row_of_each_slot = requires(const L& layout, index_t i) {
   { layout.row(i, i, i) } -> std::convertible_to<tensor_view<typename L::value_type, 1>>;
+};
+
+template <class L>
+concept has_touched_bytes = requires(const L& layout) {
   { layout.touched() } -> std::convertible_to<byte_range>;
+};
+
+template <class L>
+concept has_check = requires(const L& layout) {
   { layout.check() } -> std::convertible_to<status>;
 };
+
+}  // namespace detail
+
+/// A destination for kept tokens: `value_type`; `batch()`, `heads()` and `head_dim()`; `row(b, h, slot)` is the vector of head_dim channels that holds the head's
+/// `slot`-th kept token; `capacity(b, h)` is how many slots the head has; `touched()` bounds the memory written, for
+/// the aliasing check; `check()` says whether the layout itself is consistent.
+template <class L>
+concept cache_layout = detail::has_value_type<L> && detail::has_batch_heads_and_head_dim<L> &&
+                       detail::has_capacity_of_each_head<L> && detail::has_row_of_each_slot<L> &&
+                       detail::has_touched_bytes<L> && detail::has_check<L>;
 
 /// [batch, heads, capacity, head_dim]: every head has the same number of slots.
 template <class T>

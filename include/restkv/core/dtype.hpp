@@ -104,10 +104,15 @@ class bfloat16 {
 static_assert(sizeof(half) == 2 && std::is_trivially_copyable_v<half>);
 static_assert(sizeof(bfloat16) == 2 && std::is_trivially_copyable_v<bfloat16>);
 
+namespace detail {
+template <class T>
+inline constexpr bool is_float_double_half_or_bfloat16 =
+    std::is_same_v<T, float> || std::is_same_v<T, double> || std::is_same_v<T, half> || std::is_same_v<T, bfloat16>;
+}  // namespace detail
+
 /// The element types a cache may have. double is for oracles and tests; it is not supported on a GPU.
 template <class T>
-concept element = std::same_as<std::remove_cv_t<T>, float> || std::same_as<std::remove_cv_t<T>, double> ||
-                  std::same_as<std::remove_cv_t<T>, half> || std::same_as<std::remove_cv_t<T>, bfloat16>;
+concept element = detail::is_float_double_half_or_bfloat16<std::remove_cv_t<T>>;
 
 /// `value` as `Real`, exactly (every element type widens to float or double; double narrows to float).
 template <std::floating_point Real, element T>

@@ -9,6 +9,7 @@
 #include <restkv/core/config.hpp>
 
 #include <concepts>
+#include <type_traits>
 
 namespace restkv {
 
@@ -64,16 +65,25 @@ struct token_features {
   index_t layer = 0;
 };
 
+namespace detail {
+
+template <class S>
+concept has_constant_needs = requires { typename std::integral_constant<feature, S::needs>; };
+
+template <class S, class Real>
+concept scores_token_features = requires(const S& score, const token_features<Real>& features) {
+  { score(features) } -> std::convertible_to<Real>;
+};
+
+}  // namespace detail
+
 /// A score: `static constexpr feature needs`, and a const call operator from `token_features<Real>` to Real for float
 /// and double. Larger is kept. Optional members: `restkv::query_order order` (default `before`),
 /// `restkv::metric metric_of_distance` (default identity), and `static constexpr bool monotone_in_distance = true`
 /// for a score that never falls when only the distance grows, which admits certified pruning.
 template <class S>
-concept token_score = requires(const S& score, const token_features<float>& f, const token_features<double>& d) {
-  { S::needs } -> std::convertible_to<feature>;
-  { score(f) } -> std::convertible_to<float>;
-  { score(d) } -> std::convertible_to<double>;
-};
+concept token_score = detail::has_constant_needs<S> && detail::scores_token_features<S, float> &&
+                      detail::scores_token_features<S, double>;
 
 /// `score.order` where the score has one.
 template <token_score S>

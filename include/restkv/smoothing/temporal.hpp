@@ -11,14 +11,20 @@
 
 namespace restkv {
 
+namespace detail {
+
+template <class S, class Real>
+concept reduces_rows = requires(const S& smoother, std::span<const Real> rows) {
+  { smoother(rows) } -> std::convertible_to<Real>;
+};
+
+}  // namespace detail
+
 /// A temporal smoother: a const call operator that takes the values of one token under the window's queries, oldest
 /// first, and returns one value. A *linear* one also has `weight(i, count)`: the weight of row i of `count`; backends
 /// then fold the reduction into the attention and never store the rows.
 template <class S>
-concept temporal_smoother = requires(const S& smoother, std::span<const float> f, std::span<const double> d) {
-  { smoother(f) } -> std::convertible_to<float>;
-  { smoother(d) } -> std::convertible_to<double>;
-};
+concept temporal_smoother = detail::reduces_rows<S, float> && detail::reduces_rows<S, double>;
 
 template <class S>
 concept linear_temporal_smoother = temporal_smoother<S> && requires(const S& smoother, int i) {
