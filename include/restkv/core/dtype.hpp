@@ -124,13 +124,30 @@ RESTKV_HD constexpr Real widen(T value) noexcept {
   }
 }
 
+namespace detail {
+
+/// `value` as a float that rounds to 16 bits as `value` itself does: cut towards zero, and its last bit set where
+/// something was cut, so that what a second rounding takes for a tie is one ("rounding to odd").
+RESTKV_HD constexpr float narrow_to_odd(double value) noexcept {
+  const auto nearest = static_cast<float>(value);
+  const auto back = static_cast<double>(nearest);
+  if (back == value || value != value) return nearest;
+  std::uint32_t bits = std::bit_cast<std::uint32_t>(nearest);
+  if (value < 0 ? back < value : back > value) --bits;
+  return std::bit_cast<float>(bits | 1u);
+}
+
+}  // namespace detail
+
 /// `value` rounded to element type `T`, to nearest, ties to even.
 template <element T, std::floating_point Real>
 RESTKV_HD constexpr T narrow(Real value) noexcept {
   if constexpr (std::is_floating_point_v<T>) {
     return static_cast<T>(value);
+  } else if constexpr (sizeof(Real) > sizeof(float)) {
+    return T(detail::narrow_to_odd(static_cast<double>(value)));
   } else {
-    return T(static_cast<float>(value));
+    return T(value);
   }
 }
 
