@@ -10,3 +10,5 @@
 #include <restkv/presets.hpp>
 #include <restkv/reference/backend.hpp>
 #include <restkv/select.hpp>
+#include <restkv/verify/future_error.hpp>
+#include <restkv/verify/output_error.hpp>
