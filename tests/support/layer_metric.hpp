@@ -2,7 +2,7 @@
 // `output_metric` for tests, compiled once: Eigen's decompositions take a compiler several seconds.
 #pragma once
 
-#include "support/random_layer.hpp"
+#include "support/arranged_layer.hpp"
 
 #include <restkv/backend/eigen/output_metric.hpp>
 
@@ -14,7 +14,7 @@ namespace restkv_test {
 
 /// The metric of a layer's own W_O, which it then carries. Keep the result as long as the layer is used.
 template <restkv::element T>
-[[nodiscard]] restkv::output_metric attach_metric(random_layer<T>& layer) {
+[[nodiscard]] restkv::output_metric attach_metric(arranged_layer<T>& layer) {
   std::vector<float> weights;
   for (const T weight : layer.projection) weights.push_back(restkv::widen<float>(weight));
   restkv::output_metric metric = build_metric({weights.data(), layer.projection_view().extents},
