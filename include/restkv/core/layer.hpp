@@ -170,12 +170,19 @@ template <element T, memory_space Space>
       return status::error(errc::missing_input,
                            "the score measures distances through W_O: set layer.metric (see make_output_metric)");
     }
-    if (layer.metric.gram.extent(0) != shape.query_heads) {
-      return mismatch("metric", "heads", layer.metric.gram.extent(0), shape.query_heads);
-    }
-    if (layer.metric.gram.extent(1) != shape.head_dim || layer.metric.gram.extent(2) != shape.head_dim) {
-      return mismatch("metric", "channels", layer.metric.gram.extent(1), shape.head_dim);
-    }
+    const auto check_part = [&](const char* name, const auto& part) -> status {
+      if (part.data == nullptr) {
+        return status::error(errc::missing_input, "%s is missing: build the whole metric (see make_output_metric)", name);
+      }
+      if (part.extent(0) != shape.query_heads) return mismatch(name, "heads", part.extent(0), shape.query_heads);
+      for (std::size_t axis = 1; axis < part.rank; ++axis) {
+        if (part.extent(axis) != shape.head_dim) return mismatch(name, "channels", part.extent(axis), shape.head_dim);
+      }
+      return {};
+    };
+    RESTKV_RETURN_IF_FAILED(check_part("metric.gram", layer.metric.gram));
+    RESTKV_RETURN_IF_FAILED(check_part("metric.factor", layer.metric.factor));
+    RESTKV_RETURN_IF_FAILED(check_part("metric.spectrum", layer.metric.spectrum));
   }
   if (layer.keep_mask.data != nullptr &&
       (layer.keep_mask.extent(0) != shape.batch || layer.keep_mask.extent(1) != tokens)) {

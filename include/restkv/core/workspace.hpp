@@ -24,11 +24,12 @@ class workspace {
 
   /// Counts only.
   constexpr workspace() noexcept = default;
-  /// Hands out pieces of [data, data + bytes); the buffer may start anywhere, alignment comes out of the size.
+  /// Hands out pieces of [data, data + bytes); the buffer may start anywhere, alignment comes out of the size. A null
+  /// pointer is a buffer of 0 bytes.
   workspace(void* data, std::size_t bytes) noexcept
-      : base_(static_cast<unsigned char*>(data)), capacity_(bytes), counting_(false) {
+      : base_(static_cast<unsigned char*>(data)), capacity_(data == nullptr ? 0 : bytes), counting_(false) {
     const auto misalignment = reinterpret_cast<std::uintptr_t>(data) % alignment;
-    if (data != nullptr && misalignment != 0) used_ = alignment - misalignment;
+    if (misalignment != 0) begin_ = alignment - misalignment;
   }
   explicit workspace(std::span<std::byte> bytes) noexcept : workspace(bytes.data(), bytes.size()) {}
 
@@ -42,14 +43,14 @@ class workspace {
       return nullptr;
     }
     const auto elements = static_cast<std::size_t>(count);
-    if (elements > (std::numeric_limits<std::size_t>::max() - used_ - 2 * alignment) / sizeof(T)) {
+    if (elements > (std::numeric_limits<std::size_t>::max() - used_ - 3 * alignment) / sizeof(T)) {
       overflow_ = true;
       return nullptr;
     }
     const std::size_t bytes = (elements * sizeof(T) + alignment - 1) / alignment * alignment;
-    const std::size_t begin = used_;
+    const std::size_t begin = begin_ + used_;
     used_ += bytes;
-    if (counting_ || overflow_ || used_ > capacity_) return nullptr;
+    if (counting_ || overflow_ || too_small()) return nullptr;
     return reinterpret_cast<T*>(base_ + begin);
   }
 
@@ -62,16 +63,19 @@ class workspace {
 
   [[nodiscard]] status check() const noexcept {
     if (overflow_) return status::error(errc::invalid_argument, "the workspace size overflows 64 bits");
-    if (!counting_ && used_ > capacity_) {
-      return status::error(errc::workspace_too_small, "the workspace has %zu bytes, the plan needs %zu", capacity_,
-                           used_);
+    if (!counting_ && too_small()) {
+      return status::error(errc::workspace_too_small, "the workspace%s has %zu bytes, the plan needs %zu",
+                           base_ == nullptr ? ", a null pointer," : "", capacity_, required_bytes());
     }
     return {};
   }
 
  private:
+  [[nodiscard]] constexpr bool too_small() const noexcept { return used_ > 0 && begin_ + used_ > capacity_; }
+
   unsigned char* base_ = nullptr;
   std::size_t capacity_ = 0;
+  std::size_t begin_ = 0;  // of the first piece: where the buffer is first aligned
   std::size_t used_ = 0;
   bool counting_ = true;
   bool overflow_ = false;
