@@ -8,6 +8,7 @@
 #include <restkv/core/workspace.hpp>
 #include <restkv/policy.hpp>
 #include <restkv/selection/kept_tokens.hpp>
+#include <restkv/selection/pruning.hpp>
 
 #include <limits>
 
@@ -47,16 +48,25 @@ struct selection_memory {
   tensor_view<double, 2> drift;          // [batch, heads]
   index_t* counts;                       // [batch * heads]
   double* shares;                        // [batch * heads]
+  token_state* states = nullptr;         // [batch, heads, tokens]; only where certified pruning may run
+  std::uint8_t* settled = nullptr;       // likewise
+  pruning_row<key>* rows = nullptr;      // [batch * heads], likewise
 
-  selection_memory(const plan<Policy>& p, workspace& space) noexcept {
-    const index_t rows = p.shape.batch * p.heads;
-    positions = {space.take<position_t>(rows * p.capacity), {p.shape.batch, p.heads, p.capacity}};
-    lengths = {space.take<position_t>(rows), {p.shape.batch, p.heads}};
-    score = {space.take<real>(rows * p.shape.tokens), {p.shape.batch, p.heads, p.shape.tokens}};
-    smoothed = {space.take<real>(rows * p.shape.tokens), {p.shape.batch, p.heads, p.shape.tokens}};
-    drift = {space.take<double>(rows), {p.shape.batch, p.heads}};
-    counts = space.take<index_t>(rows);
-    shares = space.take<double>(rows);
+  selection_memory(const Backend& backend, const plan<Policy>& p, workspace& space) noexcept {
+    const index_t count = p.shape.batch * p.heads;
+    positions = {space.take<position_t>(count * p.capacity), {p.shape.batch, p.heads, p.capacity}};
+    lengths = {space.take<position_t>(count), {p.shape.batch, p.heads}};
+    score = {space.take<real>(count * p.shape.tokens), {p.shape.batch, p.heads, p.shape.tokens}};
+    smoothed = {space.take<real>(count * p.shape.tokens), {p.shape.batch, p.heads, p.shape.tokens}};
+    drift = {space.take<double>(count), {p.shape.batch, p.heads}};
+    counts = space.take<index_t>(count);
+    shares = space.take<double>(count);
+    if constexpr (may_prune<Backend, Policy>) {
+      if (!backend.bounds_pay(make_score_request(p.policy, p.shape))) return;
+      states = space.take<token_state>(count * p.shape.tokens);
+      settled = space.take<std::uint8_t>(count * p.shape.tokens);
+      rows = space.take<pruning_row<key>>(count);
+    }
   }
 };
 

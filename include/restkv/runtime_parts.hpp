@@ -30,6 +30,8 @@ template <class... Parts>
 struct any_linear_temporal {
   std::variant<mean, sum, ema, last> choice{};
 
+  static constexpr bool monotone = true;
+
   [[nodiscard]] double weight(int i, int count) const noexcept {
     return std::visit([&](const auto& part) -> double { return part.weight(i, count); }, choice);
   }
@@ -66,6 +68,9 @@ struct any_budget {
   }
   [[nodiscard]] index_t most_per_head(const budget_problem& problem) const noexcept {
     return std::visit([&](const auto& part) -> index_t { return part.most_per_head(problem); }, choice);
+  }
+  [[nodiscard]] index_t deciding_keys(const budget_problem& problem) const noexcept {
+    return std::visit([&](const auto& part) -> index_t { return part.deciding_keys(problem); }, choice);
   }
   template <std::unsigned_integral Key>
   void allocate(const budget_problem& problem, tensor_view<const Key, 2> keys, std::span<index_t> counts,

@@ -61,7 +61,7 @@ template <tensor_backend Backend, class Policy>
   }
   made.capacity = std::clamp<index_t>(policy.budget.most_per_head(longest_sequence), fixed, shape.tokens);
   workspace counting;
-  detail::selection_memory<Backend, Policy> memory(made, counting);
+  detail::selection_memory<Backend, Policy> memory(backend, made, counting);
   typename Backend::template scratch<score_request_of<Policy>> scratch(backend, make_score_request(policy, shape),
                                                                        counting);
   RESTKV_RETURN_IF_FAILED(counting.check());
@@ -92,6 +92,67 @@ struct candidate_range {
   }
 };
 
+/// Whether this selection prunes; prepares the rows if so. Not when a smoother's reach is too wide to be certain of, nor
+/// when an allocator looks at every key.
+template <class Backend, class Policy, class ProblemOf>
+[[nodiscard]] bool prunes(const selection_memory<Backend, Policy>& memory, const Policy& policy, index_t heads,
+                          index_t batch, const ProblemOf& problem_of) noexcept {
+  if constexpr (!may_prune<Backend, Policy>) {
+    return false;
+  } else {
+    if (memory.states == nullptr) return false;
+    for (index_t b = 0; b < batch; ++b) {
+      const budget_problem problem = problem_of(b).second;
+      const bool keeps_all = problem.length <= policy.budget.tokens_per_head(problem);
+      if (!keeps_all && policy.budget.deciding_keys(problem) > heads * problem.candidates) return false;
+      for (index_t h = 0; h < heads; ++h) {
+        const token_reach reach = policy.spatial.reach(row_context{memory.drift(b, h)});
+        if (reach.last - reach.first >= widest_direct_reach) return false;
+      }
+    }
+    std::fill_n(memory.states, memory.score.size(), token_state::bounded);
+    return true;
+  }
+}
+
+/// One round of certified pruning: marks the tokens that must be scored next, and returns how many; 0 when the choice by
+/// `memory.counts` is certain.
+template <class Backend, class Policy, class Request, class ProblemOf, class KeysOf>
+[[nodiscard]] index_t want_tokens(Backend& backend, const selection_memory<Backend, Policy>& memory,
+                                  const plan<Policy>& plan, const Request& request, const ProblemOf& problem_of,
+                                  const KeysOf& keys_of) noexcept {
+  using key_t = order_key_t<typename Backend::score_type>;
+  const index_t heads = plan.heads;
+  const index_t tokens = plan.shape.tokens;
+  const auto keeps_all = [&](const budget_problem& problem) {
+    return problem.length <= plan.policy.budget.tokens_per_head(problem);
+  };
+  backend.parallel_for(plan.shape.batch * heads, [&](index_t row) {
+    const index_t b = row / heads;
+    const index_t length = problem_of(b).second.length;
+    memory.rows[row] = {keys_of(row),
+                        length,
+                        memory.states + row * tokens,
+                        memory.settled + row * tokens,
+                        request.past_of(length),
+                        plan.policy.spatial.reach(row_context{memory.drift(b, row % heads)})};
+    memory.rows[row].settle();
+  });
+  std::atomic<index_t> wanted{0};
+  for (index_t b = 0; b < plan.shape.batch; ++b) {
+    const budget_problem problem = problem_of(b).second;
+    if (keeps_all(problem)) continue;
+    const auto pivots = find_deciding(
+        std::span<const pruning_row<key_t>>(memory.rows + b * heads, static_cast<std::size_t>(heads)),
+        plan.policy.budget.deciding_keys(problem));
+    backend.parallel_for(heads, [&](index_t h) {
+      const index_t row = b * heads + h;
+      wanted += memory.rows[row].want(memory.counts[row], pivots.deciding, pivots.enough);
+    });
+  }
+  return wanted;
+}
+
 }  // namespace detail
 
 /// Chooses the tokens each head keeps. `kept` points into the workspace afterwards and is valid as long as that is.
@@ -113,7 +174,7 @@ template <tensor_backend Backend, class Policy, element T>
   const auto request = make_score_request(policy, plan.shape);
   RESTKV_RETURN_IF_FAILED(check_layer(layer, plan.shape, request.window, needs_window<score_t>(),
                                       needs_values<score_t>(), needs_metric(policy.score)));
-  detail::selection_memory<Backend, Policy> memory(plan, space);
+  detail::selection_memory<Backend, Policy> memory(backend, plan, space);
   typename Backend::template scratch<score_request_of<Policy>> scratch(backend, request, space);
   RESTKV_RETURN_IF_FAILED(space.check());
 
@@ -157,44 +218,63 @@ template <tensor_backend Backend, class Policy, element T>
       }
     }
   }
-  RESTKV_RETURN_IF_FAILED(backend.token_scores(request, layer, scratch, memory.score));
+  const bool pruned = details == nullptr && detail::prunes(memory, policy, heads, batch, problem_of);
+  if constexpr (detail::may_prune<Backend, Policy>) {
+    if (pruned) RESTKV_RETURN_IF_FAILED(backend.score_bounds(request, layer, scratch, memory.score));
+  }
+  if (!pruned) RESTKV_RETURN_IF_FAILED(backend.token_scores(request, layer, scratch, memory.score));
 
-  // Smooth each row, then overwrite its scores with the order keys of the smoothed ones.
-  backend.parallel_for(batch * heads, [&](index_t row) {
-    const index_t b = row / heads;
-    const index_t h = row % heads;
-    const auto candidates = problem_of(b).first;
-    const index_t past = request.past_of(candidates.span.length);
-    real* const scores = &memory.score.data[row * plan.shape.tokens];
-    real* const smoothed = &memory.smoothed.data[row * plan.shape.tokens];
-    policy.spatial(std::span<const real>(scores, static_cast<std::size_t>(past)),
-                   std::span<real>(smoothed, static_cast<std::size_t>(past)), row_context{memory.drift(b, h)});
-    if (details != nullptr) {
-      for (index_t n = 0; n < past; ++n) {
-        details->score(b, h, n) = scores[n];
-        details->smoothed(b, h, n) = smoothed[n];
+  // Smooth each row, then replace its smoothed scores by their order keys.
+  const auto keys_of = [&](index_t row) {
+    return reinterpret_cast<key_t*>(&memory.smoothed.data[row * plan.shape.tokens]);
+  };
+  const auto smooth_rows = [&] {
+    backend.parallel_for(batch * heads, [&](index_t row) {
+      const index_t b = row / heads;
+      const index_t h = row % heads;
+      const auto candidates = problem_of(b).first;
+      const index_t past = request.past_of(candidates.span.length);
+      const real* const scores = &memory.score.data[row * plan.shape.tokens];
+      real* const smoothed = &memory.smoothed.data[row * plan.shape.tokens];
+      policy.spatial(std::span<const real>(scores, static_cast<std::size_t>(past)),
+                     std::span<real>(smoothed, static_cast<std::size_t>(past)), row_context{memory.drift(b, h)});
+      if (details != nullptr) {
+        for (index_t n = 0; n < past; ++n) {
+          details->score(b, h, n) = scores[n];
+          details->smoothed(b, h, n) = smoothed[n];
+        }
+        details->drift(b, h) = memory.drift(b, h);
       }
-      details->drift(b, h) = memory.drift(b, h);
-    }
-    key_t* const keys = reinterpret_cast<key_t*>(scores);
-    for (index_t n = 0; n < candidates.span.length; ++n) {
-      keys[n] = candidates(n) ? order_key(smoothed[n]) : key_t{excluded_key};
-    }
-  });
-
+      key_t* const keys = keys_of(row);
+      for (index_t n = 0; n < candidates.span.length; ++n) {
+        keys[n] = candidates(n) ? order_key(smoothed[n]) : key_t{excluded_key};
+      }
+    });
+  };
   // Budgets, one sequence after the other: heads may compete.
-  for (index_t b = 0; b < batch; ++b) {
-    const budget_problem problem = problem_of(b).second;
-    const std::span<index_t> counts(memory.counts + b * heads, static_cast<std::size_t>(heads));
-    if (problem.length <= policy.budget.tokens_per_head(problem)) {
-      std::fill(counts.begin(), counts.end(), problem.candidates);
-      continue;
+  const auto allocate = [&] {
+    for (index_t b = 0; b < batch; ++b) {
+      const budget_problem problem = problem_of(b).second;
+      const std::span<index_t> counts(memory.counts + b * heads, static_cast<std::size_t>(heads));
+      if (problem.length <= policy.budget.tokens_per_head(problem)) {
+        std::fill(counts.begin(), counts.end(), problem.candidates);
+        continue;
+      }
+      const tensor_view<const key_t, 2> keys(keys_of(b * heads), {heads, problem.length}, {plan.shape.tokens, 1});
+      policy.budget.allocate(problem, keys, counts,
+                             std::span<double>(memory.shares + b * heads, static_cast<std::size_t>(heads)));
     }
-    const tensor_view<const key_t, 2> keys(
-        reinterpret_cast<const key_t*>(&memory.score.data[b * heads * plan.shape.tokens]), {heads, problem.length},
-        {plan.shape.tokens, 1});
-    policy.budget.allocate(problem, keys, counts,
-                           std::span<double>(memory.shares + b * heads, static_cast<std::size_t>(heads)));
+  };
+  smooth_rows();
+  allocate();
+  if constexpr (detail::may_prune<Backend, Policy>) {
+    while (pruned && detail::want_tokens(backend, memory, plan, request, problem_of, keys_of) > 0) {
+      RESTKV_RETURN_IF_FAILED(backend.exact_scores(
+          request, layer, scratch,
+          tensor_view<token_state, 3>(memory.states, {batch, heads, plan.shape.tokens}), memory.score));
+      smooth_rows();
+      allocate();
+    }
   }
 
   std::atomic<index_t> overfull{-1};
@@ -205,7 +285,7 @@ template <tensor_backend Backend, class Policy, element T>
       overfull = row;
       return;
     }
-    const key_t* const keys = reinterpret_cast<const key_t*>(&memory.score.data[row * plan.shape.tokens]);
+    const key_t* const keys = keys_of(row);
     position_t* const positions = memory.positions.data + row * plan.capacity;
     const auto pivot = find_pivot<key_t>(
         1, problem.length, [keys](index_t, index_t n) { return keys[n]; }, count);

@@ -98,4 +98,29 @@ concept tensor_backend = detail::has_floating_score_type<B> && detail::has_paral
                          detail::has_scratch<B> && detail::has_scratch_with_drift<B> && detail::has_token_scores<B> &&
                          detail::has_window_drift<B>;
 
+/// What is known of a token's score while certified pruning runs.
+enum class token_state : std::uint8_t {
+  bounded,  ///< its score is an upper bound
+  wanted,   ///< a bound, to be replaced by the score
+  scored,   ///< its score
+};
+
+/// A backend that can bound the scores of a request cheaply, and score single tokens afterwards.
+///
+/// * `bounds_pay(request)`: false when bounds would cost as much as scores, or pruning is turned off.
+/// * `score_bounds(request, layer, scratch, out)`: fills out[b][h][0 .. past) with numbers that no score passes, as it is
+///   computed; never NaN.
+/// * `exact_scores(request, layer, scratch, states, out)`: replaces the bounds of the tokens that states [batch, heads,
+///   tokens] marks `wanted` by the very scores that `token_scores` gives, and marks them `scored`. Follows `score_bounds`.
+template <class B, class Request>
+concept bounding_backend = tensor_backend<B> && requires(B& backend, const Request& request,
+                                                         const layer_view<float>& layer,
+                                                         typename B::template scratch<Request>& scratch,
+                                                         tensor_view<token_state, 3> states,
+                                                         tensor_view<typename B::score_type, 3> rows) {
+  { backend.bounds_pay(request) } -> std::same_as<bool>;
+  { backend.score_bounds(request, layer, scratch, rows) } -> std::same_as<status>;
+  { backend.exact_scores(request, layer, scratch, states, rows) } -> std::same_as<status>;
+};
+
 }  // namespace restkv

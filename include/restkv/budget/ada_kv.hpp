@@ -6,6 +6,7 @@
 #include <restkv/budget/budget.hpp>
 #include <restkv/selection/top_k.hpp>
 
+#include <limits>
 #include <type_traits>
 
 namespace restkv {
@@ -32,6 +33,10 @@ struct ada_kv {
                             (1.0 - static_cast<double>(floor)) +
                         static_cast<double>(base) * static_cast<double>(floor);
     return problem.protected_tokens() + std::min(problem.candidates, static_cast<index_t>(most) + 1);
+  }
+  /// `normalise` compares sums over all scores.
+  [[nodiscard]] index_t deciding_keys(const budget_problem& problem) const noexcept {
+    return normalise ? std::numeric_limits<index_t>::max() : problem.heads * chosen_per_head(*this, problem);
   }
 
   template <std::unsigned_integral Key>

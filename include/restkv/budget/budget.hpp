@@ -90,6 +90,14 @@ template <class A>
 concept budget_allocator = detail::has_tokens_per_head<A> && detail::has_most_per_head<A> &&
                            detail::allocates_by_keys<A, std::uint32_t> && detail::allocates_by_keys<A, std::uint64_t>;
 
+/// An allocator whose counts depend on nothing but which tokens hold the `deciding_keys(problem)` largest keys of all
+/// heads together (0: on no key at all). Certified pruning needs that: other keys may then be bounds. All keys: an
+/// allocator may say so at run time, by a number beyond heads * candidates.
+template <class A>
+concept ranking_budget_allocator = budget_allocator<A> && requires(const A& allocator, const budget_problem& problem) {
+  { allocator.deciding_keys(problem) } -> std::convertible_to<index_t>;
+};
+
 /// Candidates a head keeps on average, from what an allocator asks for.
 template <budget_allocator A>
 [[nodiscard]] index_t chosen_per_head(const A& allocator, const budget_problem& problem) noexcept {

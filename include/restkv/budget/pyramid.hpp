@@ -25,6 +25,7 @@ struct pyramid {
     return problem.protected_tokens() + chosen(problem);
   }
   [[nodiscard]] index_t most_per_head(const budget_problem& problem) const noexcept { return tokens_per_head(problem); }
+  [[nodiscard]] constexpr index_t deciding_keys(const budget_problem&) const noexcept { return 0; }
 
   template <std::unsigned_integral Key>
   void allocate(const budget_problem& problem, tensor_view<const Key, 2>, std::span<index_t> counts,

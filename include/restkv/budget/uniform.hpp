@@ -15,6 +15,7 @@ struct uniform {
     return budget.of(problem.length);
   }
   [[nodiscard]] index_t most_per_head(const budget_problem& problem) const noexcept { return budget.of(problem.length); }
+  [[nodiscard]] constexpr index_t deciding_keys(const budget_problem&) const noexcept { return 0; }
 
   template <std::unsigned_integral Key>
   void allocate(const budget_problem& problem, tensor_view<const Key, 2>, std::span<index_t> counts,

@@ -80,7 +80,7 @@ concept scores_token_features = requires(const S& score, const token_features<Re
 /// A score: `static constexpr feature needs`, and a const call operator from `token_features<Real>` to Real for float
 /// and double. Larger is kept. Optional members: `restkv::query_order order` (default `before`),
 /// `restkv::metric metric_of_distance` (default identity), and `static constexpr bool monotone_in_distance = true`
-/// for a score that never falls when only the distance grows, which admits certified pruning.
+/// for a score that is never negative and never falls when only the distance grows, which admits certified pruning.
 template <class S>
 concept token_score = detail::has_constant_needs<S> && detail::scores_token_features<S, float> &&
                       detail::scores_token_features<S, double>;
@@ -99,6 +99,13 @@ template <token_score S>
     return score.metric_of_distance;
   }
   return metric::identity;
+}
+
+/// True when the score says that it grows with the distance.
+template <token_score S>
+[[nodiscard]] constexpr bool monotone_in_distance() noexcept {
+  if constexpr (requires { { S::monotone_in_distance } -> std::convertible_to<bool>; }) return S::monotone_in_distance;
+  return false;
 }
 
 /// True when the score needs queries, that is, an observation window.

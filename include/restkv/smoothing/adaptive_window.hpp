@@ -17,34 +17,46 @@ enum class drift_shift {
 
 namespace detail {
 
-/// Means over a wide window with replicated ends, in one pass whatever the width: a running sum in double over the
-/// finite values, with the others counted apart, so that a NaN leaves the sum again when it leaves the window.
+/// Sum of in[clamp(n, 0, size - 1)] for n in [first, last], the repeats of the two ends counted instead of visited.
 template <std::floating_point Real>
-void sliding_mean(std::span<const Real> in, std::span<Real> out, token_reach window) noexcept {
-  const auto length = static_cast<index_t>(in.size());
-  if (length == 0) return;
-  const double tokens = static_cast<double>(window.last - window.first + 1);
+[[nodiscard]] double replicated_sum(std::span<const Real> in, index_t first, index_t last) noexcept {
+  const index_t end = static_cast<index_t>(in.size()) - 1;
+  const index_t before = std::min<index_t>(last, -1) - first + 1;
+  const index_t behind = last - std::max(first, end + 1) + 1;
   double sum = 0;
-  index_t unusable = 0;
-  const auto add = [&](index_t n, double times) {
-    const auto value = static_cast<double>(in[static_cast<std::size_t>(std::clamp<index_t>(n, 0, length - 1))]);
-    if (std::isfinite(value)) {
-      sum += times * value;
-    } else {
-      unusable += static_cast<index_t>(times);
-    }
+  if (before > 0) sum += static_cast<double>(before) * static_cast<double>(in.front());
+  for (index_t n = std::max<index_t>(first, 0); n <= std::min(last, end); ++n) {
+    sum += static_cast<double>(in[static_cast<std::size_t>(n)]);
+  }
+  if (behind > 0) sum += static_cast<double>(behind) * static_cast<double>(in.back());
+  return sum;
+}
+
+/// Means over a window with replicated ends, in two passes whatever its width. The row is cut into blocks as wide as
+/// the window, so that every window is the end of one block and the beginning of the next; both parts are running sums
+/// (van Herk 1992). Nothing is ever subtracted: a huge value leaves no rounding error behind, a NaN stays within its
+/// windows, and no mean falls when a value grows.
+template <std::floating_point Real>
+void block_mean(std::span<const Real> in, std::span<Real> out, token_reach window) noexcept {
+  const auto length = static_cast<index_t>(in.size());
+  const index_t width = window.last - window.first + 1;
+  const double part = 1.0 / static_cast<double>(width);
+  const auto at = [&](index_t n) {
+    return static_cast<double>(in[static_cast<std::size_t>(std::clamp<index_t>(n, 0, length - 1))]);
   };
-  // The first window [first, last], its repeats of the two ends counted instead of visited.
-  const index_t before = std::clamp<index_t>(-window.first, 0, window.last - window.first + 1);
-  const index_t behind = std::clamp<index_t>(window.last - (length - 1), 0, window.last - window.first + 1);
-  if (before > 0) add(0, static_cast<double>(before));
-  if (behind > 0) add(length - 1, static_cast<double>(behind));
-  for (index_t n = std::max<index_t>(window.first, 0); n <= std::min(window.last, length - 1); ++n) add(n, 1.0);
-  for (index_t n = 0; n < length; ++n) {
-    out[static_cast<std::size_t>(n)] =
-        unusable != 0 ? std::numeric_limits<Real>::quiet_NaN() : static_cast<Real>(sum / tokens);
-    add(n + window.first, -1.0);
-    add(n + window.last + 1, 1.0);
+  for (index_t begin = 0; begin < length; begin += width) {
+    const index_t end = std::min(begin + width, length);
+    double sum = replicated_sum(in, end + window.first, begin + window.last);
+    for (index_t n = end - 1; n >= begin; --n) {
+      sum += at(n + window.first);
+      out[static_cast<std::size_t>(n)] = static_cast<Real>(sum * part);
+    }
+    sum = 0;
+    for (index_t n = begin + 1; n < end; ++n) {
+      sum += at(n + window.last);
+      Real& mean = out[static_cast<std::size_t>(n)];
+      mean = static_cast<Real>(static_cast<double>(mean) + sum * part);
+    }
   }
 }
 
@@ -59,7 +71,7 @@ void sliding_mean(std::span<const Real> in, std::span<Real> out, token_reach win
 ///
 /// t is in tokens: the mean position of the most attended tokens in the newer half of the window's queries less that
 /// in the older half, negated (`window_drift` computes it). A drift that is not finite counts as 0. Cost: one
-/// pass over the row for each token of the width up to 129, one pass in all beyond.
+/// pass over the row for each token of the width up to `widest_direct_reach`, two passes in all beyond.
 struct adaptive_window {
   int min_width = 5;      ///< tokens, odd; 21 was published for RULER and InfiniteBench
   float scale = 2000.0f;  ///< tokens of drift per step of width and shift, > 0
@@ -84,14 +96,14 @@ struct adaptive_window {
     const auto length = static_cast<index_t>(in.size());
     const token_reach window = reach(row);
     const index_t tokens = window.last - window.first + 1;
-    if (tokens > widest_direct || window.first >= length || window.last <= -length) {
-      detail::sliding_mean(in, out, window);
+    if (tokens > widest_direct_reach || window.first >= length || window.last <= -length) {
+      detail::block_mean(in, out, window);
     } else {
       detail::shifted_row_sum(in, out, window, Real(1) / static_cast<Real>(tokens), true);
     }
   }
 
-  /// The tokens out[n] depends on. Wide windows slide, which makes an output's rounding depend on its neighbours.
+  /// The tokens out[n] depends on.
   [[nodiscard]] token_reach reach(const row_context& row) const noexcept {
     const index_t half = width(row.drift) / 2;
     const index_t centre = shift(row.drift);
@@ -111,9 +123,6 @@ struct adaptive_window {
 
  private:
   [[nodiscard]] static double finite(double drift) noexcept { return std::isfinite(drift) ? drift : 0.0; }
-
-  /// Up to this many tokens a window is summed directly, neighbour by neighbour; wider ones slide.
-  static constexpr index_t widest_direct = 129;
 };
 
 }  // namespace restkv

@@ -40,6 +40,10 @@ concept smooths_row = requires(const S& smoother, std::span<const Real> in, std:
 template <class S>
 concept spatial_smoother = detail::smooths_row<S, float> && detail::smooths_row<S, double>;
 
+/// Certified pruning asks that out[n] depend on the inputs in reach alone, to the last bit; a reach of more than
+/// `widest_direct_reach` tokens may come from running sums, and is left alone there.
+inline constexpr index_t widest_direct_reach = 129;
+
 template <class S>
 concept monotone_spatial_smoother = spatial_smoother<S> && requires(const S& smoother, const row_context& row) {
   { smoother.reach(row) } -> std::convertible_to<token_reach>;
@@ -85,14 +89,15 @@ void shifted_row_sum(std::span<const Real> in, std::span<Real> out, token_reach 
   const auto length = static_cast<index_t>(in.size());
   if (length == 0) return;
   const auto at = [&](index_t n) {
-    if (n >= 0 && n < length) return in[static_cast<std::size_t>(n)];
-    return replicate ? in[static_cast<std::size_t>(n < 0 ? 0 : length - 1)] : Real(0);
+    return in[static_cast<std::size_t>(std::clamp<index_t>(n, 0, length - 1))];
   };
   const index_t inner_begin = std::clamp<index_t>(-reach.first, 0, length);
   const index_t inner_end = std::clamp<index_t>(length - reach.last, inner_begin, length);
   const auto edge = [&](index_t n) {
+    const index_t first = replicate ? reach.first : std::max(reach.first, -n);
+    const index_t last = replicate ? reach.last : std::min(reach.last, length - 1 - n);
     Real sum = 0;
-    for (index_t u = reach.first; u <= reach.last; ++u) sum += at(n + u);
+    for (index_t u = first; u <= last; ++u) sum += at(n + u);
     out[static_cast<std::size_t>(n)] = sum * scale;
   };
   for (index_t n = 0; n < inner_begin; ++n) edge(n);

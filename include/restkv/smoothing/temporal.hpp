@@ -22,7 +22,8 @@ concept reduces_rows = requires(const S& smoother, std::span<const Real> rows) {
 
 /// A temporal smoother: a const call operator that takes the values of one token under the window's queries, oldest
 /// first, and returns one value. A *linear* one also has `weight(i, count)`: the weight of row i of `count`; backends
-/// then fold the reduction into the attention and never store the rows.
+/// then fold the reduction into the attention and never store the rows. One that never falls when a row grows says
+/// `static constexpr bool monotone = true`; certified pruning needs that.
 template <class S>
 concept temporal_smoother = detail::reduces_rows<S, float> && detail::reduces_rows<S, double>;
 
@@ -30,6 +31,9 @@ template <class S>
 concept linear_temporal_smoother = temporal_smoother<S> && requires(const S& smoother, int i) {
   { smoother.weight(i, i) } -> std::convertible_to<double>;
 };
+
+template <class S>
+concept monotone_temporal_smoother = temporal_smoother<S> && requires { requires bool(S::monotone); };
 
 namespace detail {
 
@@ -46,6 +50,8 @@ template <class S, std::floating_point Real>
 
 /// The mean over the window's queries.
 struct mean {
+  static constexpr bool monotone = true;
+
   [[nodiscard]] constexpr double weight(int, int count) const noexcept { return 1.0 / count; }
   template <std::floating_point Real>
   [[nodiscard]] constexpr Real operator()(std::span<const Real> rows) const noexcept {
@@ -55,6 +61,8 @@ struct mean {
 
 /// The sum over the window's queries: the mean up to a factor, so it keeps the same tokens (SnapKV's release).
 struct sum {
+  static constexpr bool monotone = true;
+
   [[nodiscard]] constexpr double weight(int, int) const noexcept { return 1.0; }
   template <std::floating_point Real>
   [[nodiscard]] constexpr Real operator()(std::span<const Real> rows) const noexcept {
@@ -66,6 +74,8 @@ struct sum {
 /// on temporal smoothing). alpha = 0.3 puts 94 % of the weight on the newest 8 rows.
 struct ema {
   float alpha = 0.3f;  ///< weight of the newest row, in (0, 1]
+
+  static constexpr bool monotone = true;
 
   [[nodiscard]] double weight(int i, int count) const noexcept {
     const double decay = 1.0 - static_cast<double>(alpha);
@@ -85,6 +95,8 @@ struct ema {
 
 /// The newest query alone.
 struct last {
+  static constexpr bool monotone = true;
+
   [[nodiscard]] constexpr double weight(int i, int count) const noexcept { return i + 1 == count ? 1.0 : 0.0; }
   template <std::floating_point Real>
   [[nodiscard]] constexpr Real operator()(std::span<const Real> rows) const noexcept {
@@ -94,6 +106,8 @@ struct last {
 
 /// The largest value over the window's queries; NaN if any is NaN. Not linear.
 struct maximum {
+  static constexpr bool monotone = true;
+
   template <std::floating_point Real>
   [[nodiscard]] constexpr Real operator()(std::span<const Real> rows) const noexcept {
     if (rows.empty()) return Real(0);

@@ -3,6 +3,7 @@
 /// `eigen_backend`: the production CPU path.
 #pragma once
 
+#include <restkv/backend/eigen/bounds.hpp>
 #include <restkv/backend/eigen/drift.hpp>
 #include <restkv/backend/eigen/indicator.hpp>
 #include <restkv/backend/eigen/observation.hpp>
@@ -12,6 +13,11 @@
 #include <new>
 
 namespace restkv {
+
+/// What may be tuned without changing a kept set.
+struct eigen_tuning {
+  bool pruning = true;  ///< score exactly only tokens that a bound does not rule out, where the policy admits it
+};
 
 /// Float arithmetic on Eigen's vector layer, threads over (sequence, KV head).
 ///
@@ -24,9 +30,10 @@ class eigen_backend {
   using score_type = float;
 
   /// `threads` in all, the calling one included; values below 1 count as 1. Allocates the pool, nothing later.
-  explicit eigen_backend(int threads = 1) : pool_(threads) {}
+  explicit eigen_backend(int threads = 1, const eigen_tuning& tuning = {}) : pool_(threads), tuning_(tuning) {}
 
   [[nodiscard]] int threads() const noexcept { return pool_.threads(); }
+  [[nodiscard]] const eigen_tuning& tuning() const noexcept { return tuning_; }
 
   template <class Body>
   void parallel_for(index_t n, const Body& body) const {
@@ -64,12 +71,42 @@ class eigen_backend {
   template <class Request, element T>
   status token_scores(const Request& request, const layer_view<T>& layer, scratch<Request>& scratch,
                       tensor_view<float, 3> out) const {
-    RESTKV_RETURN_IF_FAILED(observe(request, layer, scratch, out));
+    RESTKV_RETURN_IF_FAILED(observe(request, layer, scratch, false, out));
     if constexpr (!eigen::needs_of<Request>::local) {
-      return exact_scores(request, layer, scratch, tensor_view<const std::uint8_t, 3>{}, out);
+      return exact_scores(request, layer, scratch, {}, out);
     } else {
       return {};
     }
+  }
+
+  /// Bounds need no product with W_O's factor and, in the order `before`, no product with each query's output. In the
+  /// order `after` without W_O they would cost what the scores cost.
+  template <class Request>
+  [[nodiscard]] bool bounds_pay(const Request& request) const noexcept {
+    if constexpr (eigen::needs_of<Request>::boundable) {
+      return tuning_.pruning && (order_of(request.score) == query_order::before || needs_metric(request.score));
+    } else {
+      return false;
+    }
+  }
+
+  template <class Request, element T>
+  status score_bounds(const Request& request, const layer_view<T>& layer, scratch<Request>& scratch,
+                      tensor_view<float, 3> out) const {
+    return observe(request, layer, scratch, true, out);
+  }
+
+  template <class Request, element T>
+  status exact_scores(const Request& request, const layer_view<T>& layer, scratch<Request>& scratch,
+                      tensor_view<token_state, 3> states, tensor_view<float, 3> out) const {
+    pool_.run(request.shape.batch * request.heads(), [&](index_t unit, int slot) {
+      const index_t b = unit / request.heads();
+      const index_t row = unit % request.heads();
+      eigen::score_row(request, layer, b, row, sequence(layer, b),
+                       states.data == nullptr ? nullptr : &states(b, row, 0), scratch.factors, scratch.slot(slot),
+                       scratch.states, &out(b, row, 0));
+    });
+    return {};
   }
 
   template <class Request, element T>
@@ -88,16 +125,17 @@ class eigen_backend {
   }
 
  private:
-  /// First half: attention and outputs of every head; the scores themselves where they need nothing else.
+  /// First half: attention and outputs of every head; the scores themselves where they need nothing else, or bounds on
+  /// them where asked.
   template <class Request, element T>
-  status observe(const Request& request, const layer_view<T>& layer, scratch<Request>& scratch,
+  status observe(const Request& request, const layer_view<T>& layer, scratch<Request>& scratch, bool bound,
                  tensor_view<float, 3> out) const {
     using needs = eigen::needs_of<Request>;
     RESTKV_RETURN_IF_FAILED(scratch.factors.prepare(request, layer.metric));
     if constexpr (needs::window) {
       pool_.run(request.shape.batch * request.shape.kv_heads, [&](index_t unit, int slot) {
         const index_t b = unit / request.shape.kv_heads;
-        observe_kv_head(request, layer, b, unit % request.shape.kv_heads, scratch, scratch.slot(slot), out);
+        observe_kv_head(request, layer, b, unit % request.shape.kv_heads, scratch, scratch.slot(slot), bound, out);
       });
     }
     return {};
@@ -105,7 +143,8 @@ class eigen_backend {
 
   template <class Request, element T>
   static void observe_kv_head(const Request& request, const layer_view<T>& layer, index_t batch, index_t kv_head,
-                              scratch<Request>& scratch, eigen::tile_buffers& buffers, tensor_view<float, 3> out) {
+                              scratch<Request>& scratch, eigen::tile_buffers& buffers, bool bound,
+                              tensor_view<float, 3> out) {
     using needs = eigen::needs_of<Request>;
     const sequence_span span = sequence(layer, batch);
     const index_t group = request.shape.group();
@@ -129,7 +168,11 @@ class eigen_backend {
         eigen::smoothed_row(task, buffers, states);
       } else {
         eigen::keep_softmax(task, buffers.softmax, states);
-        if constexpr (needs::output) eigen::outputs_per_query(task, layer, buffers, states);
+        if constexpr (needs::output) {
+          eigen::outputs_per_query(task, layer, buffers, states);
+          eigen::map_outputs(task, layer, scratch.factors, buffers, states);
+          if (bound) bound_one(task, layer, buffers, states, out);
+        }
       }
     }
     if constexpr (needs::local) {
@@ -140,26 +183,28 @@ class eigen_backend {
         row[n] = eigen::finite_score(group_finish(request.group, row[n], group));
       }
     } else if constexpr (needs::output) {
-      if (after) eigen::outputs_of_rows(request, layer, batch, kv_head, span, buffers, states);
-      for (index_t j = 0; j < group; ++j) {
-        const eigen::head_task<Request> task(request, batch, kv_head * group + j, span);
-        eigen::map_outputs(task, layer, scratch.factors, buffers, states);
+      if (after) {
+        eigen::outputs_of_rows(request, layer, batch, kv_head, span, buffers, states);
+        for (index_t j = 0; j < group; ++j) {
+          const eigen::head_task<Request> task(request, batch, kv_head * group + j, span);
+          eigen::map_outputs(task, layer, scratch.factors, buffers, states);
+          if (bound) bound_one(task, layer, buffers, states, out);
+        }
       }
     }
   }
 
-  /// Second half: the scores of the tokens that `chosen` [batch, heads, tokens] marks, of all where it is missing.
+  /// The bound of one query head, folded into the row it belongs to.
   template <class Request, element T>
-  status exact_scores(const Request& request, const layer_view<T>& layer, scratch<Request>& scratch,
-                      tensor_view<const std::uint8_t, 3> chosen, tensor_view<float, 3> out) const {
-    pool_.run(request.shape.batch * request.heads(), [&](index_t unit, int slot) {
-      const index_t b = unit / request.heads();
-      const index_t row = unit % request.heads();
-      eigen::score_row(request, layer, b, row, sequence(layer, b),
-                       chosen.data == nullptr ? nullptr : &chosen(b, row, 0), scratch.factors, scratch.slot(slot),
-                       scratch.states, &out(b, row, 0));
-    });
-    return {};
+  static void bound_one(const eigen::head_task<Request>& task, const layer_view<T>& layer,
+                        eigen::tile_buffers& buffers, const eigen::head_states& states, tensor_view<float, 3> out) {
+    if constexpr (eigen::needs_of<Request>::boundable) {
+      const index_t heads = task.request.shape.query_heads / task.request.heads();  // per row
+      const index_t j = task.head % heads;
+      float* const row = &out(task.batch, task.head / heads, 0);
+      eigen::bound_head(task, layer, j == 0, buffers, states, row);
+      if (j + 1 == heads) eigen::finish_bounds(task.request, heads, task.past, row);
+    }
   }
 
   /// Drift of one head: mean position of the most attended tokens, front half of the window less rear half.
@@ -181,6 +226,7 @@ class eigen_backend {
   }
 
   eigen::thread_pool pool_;
+  eigen_tuning tuning_;
 };
 
 static_assert(tensor_backend<eigen_backend>);

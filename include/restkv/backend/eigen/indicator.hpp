@@ -1,44 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 /// @file
-/// Second half of scoring: the features of chosen tokens and their scores, and cheap bounds on the scores of all.
+/// Second half of scoring: the features of chosen tokens and their scores.
 #pragma once
 
 #include <restkv/backend/eigen/observation.hpp>
 
 namespace restkv::eigen {
-
-/// Ends the first half for one head: the outputs through the metric, M o with M = L^T or the identity, laid out for the
-/// product with M v.
-template <class Request, element T>
-void map_outputs(const head_task<Request>& task, const layer_view<T>& layer, const metric_factors& factors,
-                 tile_buffers& buffers, head_states& states) noexcept {
-  const index_t width = states.width;
-  const index_t outputs = states.outputs;
-  const bool after = order_of(task.request.score) == query_order::after;
-  float* const output = buffers.vector;         // o, [width]
-  float* const mapped = buffers.vector + width;  // M o, [width]
-  for (index_t i = 0; i < (after ? 1 : task.window); ++i) {
-    const index_t cell = task.state() * outputs + i;
-    const index_t top = states.top[cell];
-    const float share = after ? states.row[task.state() * states.tokens + top] : 1.0f / (1.0f + states.rest[cell]);
-    const float_rows value =
-        load_tokens(layer.value, task.batch, task.kv_head(), task.span.begin + top, 1, width, buffers.values);
-    for (index_t c = 0; c < width; ++c) output[c] = states.others[cell * width + c] + share * value.data[c];
-    const float* image = output;
-    if (needs_metric(task.request.score)) {
-      factors.apply(task.head, {output, width}, 1, mapped);
-      image = mapped;
-    }
-    states.image_norm[cell] = dot(image, image, width);
-    float* const target = states.image + task.state() * outputs * width;
-    for (index_t c = 0; c < width; ++c) target[c * outputs + i] = image[c];
-  }
-  // Padded lanes: a zero image keeps their products finite.
-  for (index_t i = after ? 1 : task.window; i < outputs; ++i) {
-    states.image_norm[task.state() * outputs + i] = 0.0f;
-    for (index_t c = 0; c < width; ++c) states.image[(task.state() * width + c) * outputs + i] = 0.0f;
-  }
-}
 
 /// ||M (o - v_top)|| for a head's top token: from the other tokens' share of o and 1 - a, so that nothing cancels.
 template <class Request>
@@ -79,6 +46,44 @@ template <element T>
 /// Squared distances below this part of their terms' sum are recomputed as a sum of squared differences: the expanded
 /// form |z|^2 - 2 z y + |y|^2 has lost two digits there.
 inline constexpr float expansion_limit = 1e-2f;
+
+/// ||M (o_i - v_n)|| for the tokens of a tile and every lane i, from the products in buffers.cross [count, lanes], into
+/// the same place.
+template <class Request>
+void distances_of_tile(const head_task<Request>& task, index_t count, const float_rows& images, tile_buffers& buffers,
+                       const head_states& states) noexcept {
+  using namespace Eigen::internal;
+  const index_t lanes = states.lanes;
+  const index_t width = states.width;
+  const float* const output_norms = states.image_norm + task.state() * lanes;
+  const float* const outputs = states.image + task.state() * width * lanes;  // [width, lanes]
+  const packet limit = pset1<packet>(expansion_limit);
+  for (index_t n = 0; n < count; ++n) {
+    const float* const image = images.data + n * images.stride;
+    float* const cross = buffers.cross + n * lanes;
+    const packet norm = pset1<packet>(dot(image, image, width));
+    packet least = pset1<packet>(1.0f);  // of |z - y|^2 / (|z|^2 + |y|^2) - expansion_limit, in sign
+    for (index_t lane = 0; lane < lanes; lane += packet_size) {
+      const packet terms = padd(norm, ploadu<packet>(output_norms + lane));
+      const packet product = ploadu<packet>(cross + lane);
+      const packet squared = psub(terms, padd(product, product));
+      least = pmin(least, psub(squared, pmul(limit, terms)));
+      pstoreu(cross + lane, squared);
+    }
+    if (!(predux_min(least) >= 0.0f)) {
+      for (index_t lane = 0; lane < task.window; ++lane) {
+        if (cross[lane] >= expansion_limit * (pfirst(norm) + output_norms[lane])) continue;
+        float sum = 0;
+        for (index_t c = 0; c < width; ++c) {
+          const float difference = image[c] - outputs[c * lanes + lane];
+          sum += difference * difference;
+        }
+        cross[lane] = sum;
+      }
+    }
+    square_roots(cross, lanes, cross);
+  }
+}
 
 /// Scores of `count` tokens (buffers.tokens) of one head, given M v of each (`images`): calls deliver(i, score).
 template <class Request, class Deliver>
@@ -134,7 +139,7 @@ void score_tile(const head_task<Request>& task, index_t count, const float_rows&
                               : std::sqrt(squared_distance(images.data + n * images.stride,
                                                            states.image + cell * width, width));
         }
-        if constexpr (output_norm) f.output_norm = std::sqrt(states.image_norm[cell]);
+        if constexpr (output_norm) f.output_norm = states.norm[cell];
         deliver(n, finite_score(task.request.score(f)));
       }
       return;
@@ -145,84 +150,52 @@ void score_tile(const head_task<Request>& task, index_t count, const float_rows&
     const float* const rest = states.rest + cells;
     multiply({keys.data, keys.stride, 1}, count, states.queries + task.state() * head_dim * lanes, lanes, lanes,
              head_dim, buffers.shares, lanes);
-    const packet one = pset1<packet>(1.0f);
     packet probe = pset1<packet>(0.0f);
     for (index_t i = 0; i < count * lanes; i += packet_size) {
       probe = pmadd(ploadu<packet>(buffers.shares + i), pset1<packet>(0.0f), probe);
     }
     if (!(predux(probe) == 0.0f)) make_finite(buffers.shares, count * lanes);
-    for (index_t lane = 0; lane < lanes; lane += packet_size) {
-      const packet shift = ploadu<packet>(largest + lane);
-      const packet scale = pdiv(one, padd(one, ploadu<packet>(rest + lane)));
-      for (index_t n = 0; n < count; ++n) {
-        float* const cell = buffers.shares + n * lanes + lane;
-        const packet share = pmul(pexp(psub(ploadu<packet>(cell), shift)), scale);
-        pstoreu(cell, share);
-        if constexpr (has(needs::set, feature::odds)) {
-          pstoreu(buffers.odds + n * lanes + lane, pdiv(share, psub(one, share)));
-        }
-      }
-    }
+    shares_of<has(needs::set, feature::odds)>(buffers.shares, largest, states.scale + cells, lanes, count,
+                                              buffers.shares, buffers.odds);
     if constexpr (distance) {
       multiply({images.data, images.stride, 1}, count, states.image + cells * width, lanes, lanes, width,
                buffers.cross, lanes);
     }
+    if constexpr (distance) {
+      distances_of_tile(task, count, images, buffers, states);
+    }
+    if constexpr (has(needs::set, feature::odds) || distance) {
+      // Each lane's top token, where it is among these: what cancels in the expressions above, without cancelling.
+      const index_t* const tokens = buffers.tokens;
+      for (index_t lane = 0; lane < task.window; ++lane) {
+        const index_t* const at = std::lower_bound(tokens, tokens + count, states.top[cells + lane]);
+        if (at == tokens + count || *at != states.top[cells + lane]) continue;
+        const index_t n = at - tokens;
+        const float others = std::max(rest[lane], least_rest);
+        buffers.odds[n * lanes + lane] = 1.0f / others;
+        if constexpr (distance) {
+          buffers.cross[n * lanes + lane] =
+              top_distance(task, cells + lane, values.data + n * values.stride, others / (1.0f + others), factors,
+                           buffers, states);
+        }
+      }
+    }
     std::fill(buffers.scores, buffers.scores + lanes, 0.0f);
     for (index_t n = 0; n < count; ++n) {
-      const index_t token = buffers.tokens[n];
-      const float* const image = images.data + n * images.stride;
-      float* const cross = buffers.cross + n * lanes;
-      float* const odds = buffers.odds + n * lanes;
-      if constexpr (distance) {
-        const float norm = dot(image, image, width);
-        bool cancels = false;
-        for (index_t lane = 0; lane < lanes; ++lane) {
-          const float terms = norm + states.image_norm[cells + lane];
-          const float squared = terms - 2.0f * cross[lane];
-          cancels |= squared < expansion_limit * terms;
-          cross[lane] = std::sqrt(std::max(squared, 0.0f));
-        }
-        for (index_t lane = 0; cancels && lane < task.window; ++lane) {
-          const float terms = norm + states.image_norm[cells + lane];
-          if (cross[lane] * cross[lane] >= 2.0f * expansion_limit * terms) continue;
-          float sum = 0;
-          for (index_t c = 0; c < width; ++c) {
-            const float difference = image[c] - states.image[(task.state() * width + c) * lanes + lane];
-            sum += difference * difference;
-          }
-          cross[lane] = std::sqrt(sum);
-        }
-      }
-      if constexpr (has(needs::set, feature::odds) || distance) {
-        for (index_t lane = 0; lane < task.window; ++lane) {
-          if (states.top[cells + lane] != token) continue;
-          const float others = std::max(rest[lane], least_rest);
-          odds[lane] = 1.0f / others;
-          if constexpr (distance) {
-            cross[lane] = top_distance(task, cells + lane, values.data + n * values.stride, others / (1.0f + others),
-                                       factors, buffers, states);
-          }
-        }
-      }
-      auto f = task.features(token);
+      auto f = task.features(buffers.tokens[n]);
       token_norms(f, n);
-      for (index_t lane = 0; lane < task.window; ++lane) {
-        f.attention = buffers.shares[n * lanes + lane];
-        if constexpr (has(needs::set, feature::odds)) f.odds = odds[lane];
-        if constexpr (distance) f.distance = cross[lane];
-        if constexpr (output_norm) f.output_norm = std::sqrt(states.image_norm[cells + lane]);
-        buffers.scores[lane] = task.request.score(f);
-      }
-      deliver(n, finite_score(task.reduce(buffers.scores, buffers.weights, lanes)));
+      deliver(n, score_of_lanes(task, f, buffers.shares + n * lanes, buffers.odds + n * lanes,
+                                buffers.cross + n * lanes, states.norm + cells, buffers, lanes));
     }
   }
 }
 
 /// Scores of one row of the result (a KV head, or a query head without group reduction): row[n] for the tokens n < past
-/// that `chosen` marks, or for all where it is null. A score does not depend on which other tokens are chosen.
+/// that are marked `wanted`, which become `scored`, or for all where `marks` is null. A score does not depend on which
+/// other tokens are wanted.
 template <class Request, element T>
 void score_row(const Request& request, const layer_view<T>& layer, index_t batch, index_t row_index,
-               const sequence_span& span, const std::uint8_t* chosen, const metric_factors& factors,
+               const sequence_span& span, token_state* marks, const metric_factors& factors,
                tile_buffers& buffers, const head_states& states, float* row) noexcept {
   using needs = needs_of<Request>;
   const index_t heads = request.shape.query_heads / request.heads();
@@ -231,7 +204,11 @@ void score_row(const Request& request, const layer_view<T>& layer, index_t batch
   for (index_t next = 0; next < first.past;) {
     index_t count = 0;
     for (; next < first.past && count < tile_tokens; ++next) {
-      if (chosen == nullptr || chosen[next] != 0) buffers.tokens[count++] = next;
+      if (marks != nullptr) {
+        if (marks[next] != token_state::wanted) continue;
+        marks[next] = token_state::scored;
+      }
+      buffers.tokens[count++] = next;
     }
     if (count == 0) break;
     float_rows keys{};

@@ -67,8 +67,14 @@ void lane_block(const broadcast_matrix& a, index_t rows, const float* b, index_t
     register_tile<tile_rows, Vectors, Accumulate>({a.data + m * a.row, a.row, a.column}, b, b_row, depth,
                                                   c + m * c_row, c_row);
   }
-  for (; m + 3 <= rows; m += 3) {
-    register_tile<3, Vectors, Accumulate>({a.data + m * a.row, a.row, a.column}, b, b_row, depth, c + m * c_row,
+  if constexpr (tile_rows > 8) {
+    for (; m + 8 <= rows; m += 8) {
+      register_tile<8, Vectors, Accumulate>({a.data + m * a.row, a.row, a.column}, b, b_row, depth, c + m * c_row,
+                                            c_row);
+    }
+  }
+  for (; m + 4 <= rows; m += 4) {
+    register_tile<4, Vectors, Accumulate>({a.data + m * a.row, a.row, a.column}, b, b_row, depth, c + m * c_row,
                                           c_row);
   }
   for (; m < rows; ++m) {
@@ -103,6 +109,14 @@ void multiply(const broadcast_matrix& a, index_t rows, const float* b, index_t b
   packet sum = pset1<packet>(0.0f);
   for (index_t i = 0; i < lanes; i += packet_size) sum = pmadd(ploadu<packet>(a + i), ploadu<packet>(b + i), sum);
   return predux(sum);
+}
+
+/// out[i] = sqrt(max(x[i], 0)) over `lanes`, a multiple of packet_size.
+inline void square_roots(const float* x, index_t lanes, float* out) noexcept {
+  using namespace Eigen::internal;
+  for (index_t i = 0; i < lanes; i += packet_size) {
+    pstoreu(out + i, psqrt(pmax(ploadu<packet>(x + i), pset1<packet>(0.0f))));
+  }
 }
 
 /// sum over `lanes` (a multiple of packet_size) of (a[i] - b[i])^2.

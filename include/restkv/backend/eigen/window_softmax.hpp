@@ -35,9 +35,10 @@ inline void make_finite(float* logits, index_t count) noexcept {
   }
 }
 
-/// Attention of a lane block, kept as exp(logit - largest logit of the tile) and, per tile, what turns that into a
-/// share. The largest logit of a lane is kept apart from the sum of the others all the way, so that 1 - a and a / (1 - a)
-/// lose no digits even when one token holds all but 1e-9 of the attention.
+/// Attention of a lane block, kept as logits and, per lane, what turns a logit into a share of attention:
+/// a = exp(logit - largest) scale. The exponential is taken again where a share is needed: every reader gets the same
+/// bits, whichever tokens it asks for. The largest logit of a lane is kept apart from the sum of the others all the way,
+/// so that 1 - a and a / (1 - a) lose no digits even when one token holds all but 1e-9 of the attention.
 class window_softmax {
  public:
   window_softmax() = default;
@@ -46,7 +47,7 @@ class window_softmax {
   window_softmax(index_t tokens, index_t lanes, index_t head_dim, workspace& space) noexcept
       : most_tiles_((tokens + tile_tokens - 1) / tile_tokens), most_lanes_(lanes) {
     const index_t cells = most_tiles_ * lanes;
-    exps_ = space.take<float>(cells * tile_tokens);
+    logits_ = space.take<float>(cells * tile_tokens);
     tile_largest_ = space.take<float>(cells);
     tile_rest_ = space.take<float>(cells);
     tile_top_ = space.take<std::int32_t>(cells);
@@ -54,13 +55,14 @@ class window_softmax {
     keys_ = space.take<float>(tile_tokens * head_dim);
     largest_ = space.take<float>(lanes);
     rest_ = space.take<float>(lanes);
+    scale_ = space.take<float>(lanes);
     top_ = space.take<index_t>(lanes);
   }
 
-  /// Tokens [n] x lanes of exp(logit - tile's largest). [tile_tokens, lanes]
-  [[nodiscard]] const float* exps(index_t tile) const noexcept { return exps_ + tile * tile_tokens * block_.lanes; }
-  /// What exps(tile)[n][lane] is multiplied by to give the share a[n]. [lanes]
-  [[nodiscard]] const float* scale(index_t tile) const noexcept { return tile_largest_ + tile * block_.lanes; }
+  /// Logits of a tile's tokens. [tile_tokens, lanes]
+  [[nodiscard]] const float* logits(index_t tile) const noexcept { return logits_ + tile * tile_tokens * block_.lanes; }
+  /// 1 / (1 + rest): the share of the top token. [lanes]
+  [[nodiscard]] const float* scale() const noexcept { return scale_; }
   /// The token with the largest share; the first of equals. [lanes]
   [[nodiscard]] const index_t* top() const noexcept { return top_; }
   /// Sum over the other tokens of exp(logit - largest): a[top] = 1 / (1 + rest), odds[top] = 1 / rest. [lanes]
@@ -79,7 +81,7 @@ class window_softmax {
   /// Logits of `count` tokens from token `first` of the sequence on, masked causally, clamped to finite. out is
   /// [count, lanes].
   template <element T>
-  void logits(const layer_view<T>& layer, index_t batch, index_t kv_head, const sequence_span& span, index_t first,
+  void compute_logits(const layer_view<T>& layer, index_t batch, index_t kv_head, const sequence_span& span, index_t first,
               index_t count, float* out) noexcept {
     const index_t head_dim = layer.key.extent(3);
     const float_rows keys = load_tokens(layer.key, batch, kv_head, span.begin + first, count, head_dim, keys_);
@@ -96,18 +98,18 @@ class window_softmax {
     }
   }
 
-  /// Order keys of the logits, one contiguous row per query, in the memory of the exponentials; tokens a query does not
+  /// Order keys of the logits, one contiguous row per query, in the memory of the logits; tokens a query does not
   /// see sort lowest. `tile` is room for [tile_tokens, lanes]. [window, length]
   template <element T>
   [[nodiscard]] std::uint32_t* logit_keys(const layer_view<T>& layer, index_t batch, index_t head, index_t window,
                                           const sequence_span& span, float* tile) noexcept {
     block_ = {head, 1, window, padded_lanes(window)};
     pack_queries(layer, batch);
-    auto* const keys = reinterpret_cast<std::uint32_t*>(exps_);
+    auto* const keys = reinterpret_cast<std::uint32_t*>(logits_);
     const index_t kv_head = head / (layer.query.extent(1) / layer.key.extent(1));
     for (index_t first = 0; first < span.length; first += tile_tokens) {
       const index_t count = std::min(tile_tokens, span.length - first);
-      logits(layer, batch, kv_head, span, first, count, tile);
+      compute_logits(layer, batch, kv_head, span, first, count, tile);
       make_finite(tile, count * block_.lanes);
       for (index_t lane = 0; lane < window; ++lane) {
         std::uint32_t* const row = keys + lane * span.length + first;
@@ -128,8 +130,8 @@ class window_softmax {
     for (index_t t = 0; t < tiles; ++t) {
       const index_t first = t * tile_tokens;
       const index_t count = std::min(tile_tokens, span.length - first);
-      float* const tile = exps_ + t * tile_tokens * block.lanes;
-      logits(layer, batch, kv_head, span, first, count, tile);
+      float* const tile = logits_ + t * tile_tokens * block.lanes;
+      compute_logits(layer, batch, kv_head, span, first, count, tile);
       reduce_tile(tile, count, tile_largest_ + t * block.lanes, tile_rest_ + t * block.lanes,
                   tile_top_ + t * block.lanes);
     }
@@ -152,7 +154,7 @@ class window_softmax {
     }
   }
 
-  /// Turns a tile of logits into exponentials relative to the tile's largest, which is left out of the tile's sum.
+  /// A tile's largest logit of every lane, and the sum of the other tokens' exponentials relative to it.
   void reduce_tile(float* tile, index_t count, float* largest, float* rest, std::int32_t* top) const noexcept {
     using namespace Eigen::internal;
     const packet zero = pset1<packet>(0.0f);
@@ -177,7 +179,6 @@ class window_softmax {
       packet sum = zero;
       for (index_t n = 0; n < count; ++n) {
         const packet value = pexp(psub(ploadu<packet>(column + n * block_.lanes), best));
-        pstoreu(column + n * block_.lanes, value);
         const packet is_top = pcmp_eq(best_row, pset1<packet>(static_cast<float>(n)));
         sum = padd(sum, pselect(is_top, zero, value));
       }
@@ -189,7 +190,7 @@ class window_softmax {
     }
   }
 
-  /// Combines the tiles, in order: the lane's top token, the sum of the others, and every tile's scale.
+  /// Combines the tiles, in order: the lane's top token and the sum of the others.
   void combine(index_t tiles) noexcept {
     for (index_t lane = 0; lane < block_.lanes; ++lane) {
       index_t best = 0;
@@ -203,12 +204,9 @@ class window_softmax {
         const double tile_sum = static_cast<double>(tile_rest_[cell]) + (t == best ? 0.0 : 1.0);
         rest += tile_sum * std::exp(static_cast<double>(tile_largest_[cell]) - static_cast<double>(largest));
       }
-      for (index_t t = 0; t < tiles; ++t) {
-        float& cell = tile_largest_[t * block_.lanes + lane];
-        cell = static_cast<float>(std::exp(static_cast<double>(cell) - static_cast<double>(largest)) / (1.0 + rest));
-      }
       largest_[lane] = largest;
       rest_[lane] = static_cast<float>(rest);
+      scale_[lane] = 1.0f / (1.0f + rest_[lane]);
       top_[lane] = best * tile_tokens + tile_top_[best * block_.lanes + lane];
     }
   }
@@ -216,14 +214,15 @@ class window_softmax {
   index_t most_tiles_ = 0;
   index_t most_lanes_ = 0;
   lane_block block_{};
-  float* exps_ = nullptr;
-  float* tile_largest_ = nullptr;  // then, after combine, the tile's scale
+  float* logits_ = nullptr;
+  float* tile_largest_ = nullptr;
   float* tile_rest_ = nullptr;
   std::int32_t* tile_top_ = nullptr;
   float* queries_ = nullptr;
   float* keys_ = nullptr;
   float* largest_ = nullptr;
   float* rest_ = nullptr;
+  float* scale_ = nullptr;
   index_t* top_ = nullptr;
 };
 
