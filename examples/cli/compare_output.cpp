@@ -1,0 +1,178 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "compare_output.hpp"
+
+#include "output.hpp"
+
+#include <restkv/core/config.hpp>
+
+#include <fmt/format.h>
+#include <fmt/ranges.h>
+#include <nlohmann/json.hpp>
+
+#include <optional>
+
+namespace restkv::cli {
+namespace {
+
+/// The row that the others are measured by.
+constexpr const char* baseline = "rest_kv_released";
+
+/// Keys and values of all compared layers in 16 bits.
+index_t full_bytes(const trace_file& trace) {
+  const problem_shape& shape = trace.shape();
+  return static_cast<index_t>(trace.layers().size()) * shape.kv_heads * shape.tokens * shape.head_dim * 2 * 2;
+}
+
+/// The mean error of the baseline at a budget; nothing where it is not compared or could not run.
+std::optional<double> baseline_error(const comparison& result, std::size_t budget) {
+  for (std::size_t p = 0; p < result.policies.size(); ++p) {
+    const comparison_cell& cell = result.cells[p][budget];
+    if (result.policies[p].name == baseline && cell.problem.empty()) return cell.mean;
+  }
+  return {};
+}
+
+/// The cell's mean error as a multiple of the baseline's; nothing where that is missing or 0.
+std::optional<double> ratio(const comparison& result, const comparison_cell& cell, std::size_t budget) {
+  const std::optional<double> base = baseline_error(result, budget);
+  if (!base || *base <= 0 || !cell.problem.empty()) return {};
+  return cell.mean / *base;
+}
+
+std::vector<std::string> notes(const comparison_view& view) {
+  const problem_shape& shape = view.trace.shape();
+  std::vector<std::string> texts{
+      "error: the norm of the change of the layer's outputs over the future queries, relative to the norm of the "
+      "outputs; mean of the layers. Worst query: the largest of the single queries' relative errors, of all layers.",
+      fmt::format("Budgets are tokens for each of the {} query heads, window included; a policy with one kept set per "
+                  "KV head keeps {} times as many in each, which takes the same bytes.",
+                  shape.query_heads, shape.group())};
+  for (const policy_facts& policy : view.result.policies) {
+    if (!policy.seeded || view.request.seeds == 1) continue;
+    texts.push_back(fmt::format("Random policies: mean of {} seeds from {}.", view.request.seeds, view.request.seed));
+    break;
+  }
+  return texts;
+}
+
+std::string error_text(double error) { return error == 0 ? std::string("0") : fmt::format("{:.4f}", error); }
+
+/// A table of policies by budgets under a title; `cell_text` gives a cell that has figures.
+template <class CellText>
+std::string table_text(const comparison_view& view, const std::string& title, const CellText& cell_text) {
+  std::vector<std::string> header{"tokens per query head"};
+  for (const index_t budget : view.request.budgets) header.push_back(std::to_string(budget));
+  table lines(std::move(header));
+  for (std::size_t p = 0; p < view.result.policies.size(); ++p) {
+    std::vector<std::string> row{view.result.policies[p].name};
+    for (std::size_t b = 0; b < view.request.budgets.size(); ++b) {
+      const comparison_cell& cell = view.result.cells[p][b];
+      row.push_back(cell.problem.empty() ? cell_text(cell, b) : std::string("-"));
+    }
+    lines.add_row(std::move(row));
+  }
+  return title + '\n' + lines.text() + '\n';
+}
+
+}  // namespace
+
+std::string comparison_text(const comparison_view& view, bool per_layer) {
+  const comparison& result = view.result;
+  const problem_shape& shape = view.trace.shape();
+  std::vector<index_t> layers;
+  for (const trace_layer& layer : view.trace.layers()) layers.push_back(layer.index);
+  std::string text = fmt::format(
+      "{}: {} tokens, {} future queries, layers {}; full cache {}\n\n", one_line(view.path), shape.tokens,
+      view.trace.future(), fmt::join(layers, ", "), bytes_text(static_cast<std::size_t>(full_bytes(view.trace))));
+  text += table_text(view, fmt::format("error (as a multiple of {})", baseline),
+                     [&](const comparison_cell& cell, std::size_t b) {
+                       const std::optional<double> of_baseline = ratio(result, cell, b);
+                       return error_text(cell.mean) + (of_baseline ? fmt::format(" ({:.2f} x)", *of_baseline) : "");
+                     });
+  text += table_text(view, "error of the worst query",
+                     [](const comparison_cell& cell, std::size_t) { return error_text(cell.worst); });
+  text += table_text(view, "bytes kept", [](const comparison_cell& cell, std::size_t) {
+    return bytes_text(static_cast<std::size_t>(cell.bytes));
+  });
+  for (std::size_t i = 0; per_layer && i < layers.size(); ++i) {
+    text += table_text(view, fmt::format("layer {}: error, and of the worst query", layers[i]),
+                       [i](const comparison_cell& cell, std::size_t) {
+                         return error_text(cell.layers[i].mean) + "  " + error_text(cell.layers[i].worst);
+                       });
+  }
+  for (const std::string& note : notes(view)) text += note + '\n';
+  for (std::size_t p = 0; p < result.policies.size(); ++p) {
+    for (std::size_t b = 0; b < view.request.budgets.size(); ++b) {
+      const std::string& problem = result.cells[p][b].problem;
+      if (problem.empty()) continue;
+      text += fmt::format("{} at {}: {}\n", result.policies[p].name, view.request.budgets[b], one_line(problem));
+    }
+  }
+  return text;
+}
+
+nlohmann::json comparison_json(const comparison_view& view, bool with_kept) {
+  using nlohmann::json;
+  const comparison& result = view.result;
+  const problem_shape& shape = view.trace.shape();
+  json metadata = json::object();
+  for (const auto& [key, text] : view.trace.metadata()) metadata[key] = text;
+  json layers = json::array();
+  for (const trace_layer& layer : view.trace.layers()) layers.push_back(layer.index);
+  json object{
+      {"program", fmt::format("restkv {}.{}.{}", RESTKV_VERSION_MAJOR, RESTKV_VERSION_MINOR, RESTKV_VERSION_PATCH)},
+      {"trace",
+       {{"file", view.path},
+        {"tokens", shape.tokens},
+        {"future", view.trace.future()},
+        {"query_heads", shape.query_heads},
+        {"kv_heads", shape.kv_heads},
+        {"head_dim", shape.head_dim},
+        {"layers", std::move(layers)},
+        {"metadata", std::move(metadata)}}},
+      {"baseline", baseline},
+      {"budgets", view.request.budgets},
+      {"full_bytes", full_bytes(view.trace)},
+      {"seed", view.request.seed},
+      {"notes", notes(view)},
+      {"policies", json::array()},
+      {"results", json::array()}};
+  if (with_kept) object["kept"] = json::array();
+  for (std::size_t p = 0; p < result.policies.size(); ++p) {
+    const policy_facts& policy = result.policies[p];
+    object["policies"].push_back({{"name", policy.name},
+                                  {"description", policy.description},
+                                  {"heads", policy.per_query_head ? "query" : "kv"},
+                                  {"sinks", policy.sinks},
+                                  {"recent", policy.recent},
+                                  {"seeds", policy.seeded ? view.request.seeds : 1}});
+    for (std::size_t b = 0; b < view.request.budgets.size(); ++b) {
+      const comparison_cell& cell = result.cells[p][b];
+      json entry{{"policy", policy.name}, {"budget", view.request.budgets[b]}};
+      if (!cell.problem.empty()) {
+        entry["error"] = cell.problem;
+        object["results"].push_back(std::move(entry));
+        continue;
+      }
+      entry["bytes"] = cell.bytes;
+      entry["mean"] = cell.mean;
+      entry["worst"] = cell.worst;
+      const std::optional<double> of_baseline = ratio(result, cell, b);
+      entry["ratio"] = of_baseline ? json(*of_baseline) : json();
+      entry["layers"] = json::array();
+      for (const layer_figures& layer : cell.layers) {
+        entry["layers"].push_back({{"layer", layer.layer}, {"mean", layer.mean}, {"worst", layer.worst}});
+        if (with_kept) {
+          object["kept"].push_back({{"policy", policy.name},
+                                    {"budget", view.request.budgets[b]},
+                                    {"layer", layer.layer},
+                                    {"heads", layer.runs}});
+        }
+      }
+      object["results"].push_back(std::move(entry));
+    }
+  }
+  return object;
+}
+
+}  // namespace restkv::cli
