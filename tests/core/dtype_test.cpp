@@ -109,9 +109,10 @@ TEMPLATE_TEST_CASE("random numbers round to the nearer neighbour", "", half, bfl
     };
     const double distance = std::fabs(std::fabs(x) - value_of(magnitude));
     const bool beyond = magnitude == infinity && std::fabs(x) >= value_of(infinity);
-    const bool good = std::signbit(got) == std::signbit(x) &&
-                      (beyond || ((magnitude == 0 || distance <= std::fabs(std::fabs(x) - value_of(magnitude - 1))) &&
-                                  (magnitude == infinity || distance <= std::fabs(std::fabs(x) - value_of(magnitude + 1)))));
+    const auto nearer_than = [&](unsigned m) { return distance <= std::fabs(std::fabs(x) - value_of(m)); };
+    const bool nearest = (magnitude == 0 || nearer_than(magnitude - 1)) &&
+                         (magnitude == infinity || nearer_than(magnitude + 1));
+    const bool good = std::signbit(got) == std::signbit(x) && (beyond || nearest);
     if (!good && ++wrong < 10) UNSCOPED_INFO(x << " gives pattern " << bits);
   }
   CHECK(wrong == 0);

@@ -85,6 +85,7 @@ TEST_CASE("every misfit of a layer is named with both numbers") {
     std::function<void(good_layer&)> damage;
   };
   using G = good_layer;
+  const tensor_view<const float, 4> null_cache(nullptr, {2, 3, 10, 4});
   const auto chunk = [](index_t axis, index_t extent) {
     return [axis, extent](G& g) {
       static std::array<tensor_view<const float, 4>, 2> chunks;
@@ -104,12 +105,12 @@ TEST_CASE("every misfit of a layer is named with both numbers") {
       {"key", errc::shape_mismatch, {1, 2}, chunk(0, 1)},
       {"key", errc::shape_mismatch, {2, 3}, chunk(1, 2)},
       {"key", errc::shape_mismatch, {3, 4}, chunk(3, 3)},
-      {"key", errc::missing_input, {240}, [](G& g) { g.layer.key = tensor_view<const float, 4>(nullptr, {2, 3, 10, 4}); }},
+      {"key", errc::missing_input, {240}, [&](G& g) { g.layer.key = null_cache; }},
       {"value", errc::shape_mismatch, {1, 2}, [](G& g) { g.layer.value = resized(g.cache(), 0, 1); }},
       {"value", errc::shape_mismatch, {1, 3}, [](G& g) { g.layer.value = resized(g.cache(), 1, 1); }},
       {"value", errc::shape_mismatch, {9, 10}, [](G& g) { g.layer.value = resized(g.cache(), 2, 9); }},
       {"value", errc::shape_mismatch, {8, 4}, [](G& g) { g.layer.value = resized(g.cache(), 3, 8); }},
-      {"value", errc::missing_input, {240}, [](G& g) { g.layer.value = tensor_view<const float, 4>(nullptr, {2, 3, 10, 4}); }},
+      {"value", errc::missing_input, {240}, [&](G& g) { g.layer.value = null_cache; }},
       {"lengths", errc::shape_mismatch, {3, 2}, [](G& g) { g.layer.lengths = resized(g.layer.lengths, 0, 3); }},
       {"length", errc::invalid_argument, {1, -2, 10}, [](G& g) { g.lengths[1] = -2; }},
       {"length", errc::invalid_argument, {0, 11, 10}, [](G& g) { g.lengths[0] = 11; }},

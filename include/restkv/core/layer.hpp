@@ -16,7 +16,7 @@ namespace restkv {
 enum class padding { left, right };
 
 /// The metric in which a change of a head's output is measured, prepared from W_O once, when the model is loaded
-/// (`make_output_metric`). G[h] = W[h]^T W[h] is the Gram matrix of the head's slice of the output projection.
+/// (`output_metric`). G[h] = W[h]^T W[h] is the Gram matrix of the head's slice of the output projection.
 struct output_metric_view {
   /// G[h], in double. [query_heads, head_dim, head_dim]
   tensor_view<const double, 3> gram{};
@@ -168,11 +168,12 @@ template <element T, memory_space Space>
   if (needs_metric) {
     if (layer.metric.missing()) {
       return status::error(errc::missing_input,
-                           "the score measures distances through W_O: set layer.metric (see make_output_metric)");
+                           "the score measures distances through W_O: set layer.metric (see output_metric)");
     }
     const auto check_part = [&](const char* name, const auto& part) -> status {
       if (part.data == nullptr) {
-        return status::error(errc::missing_input, "%s is missing: build the whole metric (see make_output_metric)", name);
+        return status::error(errc::missing_input, "%s is missing: a metric has three parts (see output_metric)",
+                             name);
       }
       if (part.extent(0) != shape.query_heads) return mismatch(name, "heads", part.extent(0), shape.query_heads);
       for (std::size_t axis = 1; axis < part.rank; ++axis) {
