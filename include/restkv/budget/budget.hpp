@@ -22,9 +22,9 @@ struct budget_size {
   constexpr budget_size() = default;
   constexpr budget_size(std::integral auto count) noexcept  // NOLINT(google-explicit-constructor)
       : tokens(static_cast<index_t>(count)) {}
-  /// `keep_ratio(0.2)` keeps a fifth, rounded down.
+  /// `keep_ratio(0.2)` keeps a fifth, rounded down. `keep_ratio(0)` keeps nothing, which `check` refuses.
   [[nodiscard]] static constexpr budget_size keep_ratio(double part) noexcept {
-    budget_size size;
+    budget_size size(0);
     size.ratio = part;
     return size;
   }

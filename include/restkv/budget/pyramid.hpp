@@ -22,9 +22,17 @@ struct pyramid {
   pyramid_rounding rounding = pyramid_rounding::exact;
 
   [[nodiscard]] index_t tokens_per_head(const budget_problem& problem) const noexcept {
-    return problem.protected_tokens() + chosen(problem);
+    const index_t fixed = problem.protected_tokens();
+    const index_t wanted = budget.of(problem.length);
+    return wanted < fixed ? wanted : fixed + chosen(problem);
   }
-  [[nodiscard]] index_t most_per_head(const budget_problem& problem) const noexcept { return tokens_per_head(problem); }
+  /// A shorter sequence has a flatter ramp. An upper layer then gets more than here, but no more than the mean, apart
+  /// from rounding: by a token up and down, or by what the released integer slope leaves to the upper layers.
+  [[nodiscard]] index_t most_per_head(const budget_problem& problem) const noexcept {
+    const index_t rounding_up = rounding == pyramid_rounding::exact ? 2 : problem.layer;
+    const index_t most = std::max(chosen(problem), mean_chosen(problem)) + rounding_up;
+    return problem.protected_tokens() + std::min(most, problem.candidates);
+  }
   [[nodiscard]] constexpr index_t deciding_keys(const budget_problem&) const noexcept { return 0; }
 
   template <std::unsigned_integral Key>
@@ -41,9 +49,13 @@ struct pyramid {
   }
 
  private:
+  /// Mean over the layers.
+  [[nodiscard]] index_t mean_chosen(const budget_problem& problem) const noexcept {
+    return std::clamp<index_t>(budget.of(problem.length) - problem.protected_tokens(), 0, problem.candidates);
+  }
+
   [[nodiscard]] index_t chosen(const budget_problem& problem) const noexcept {
-    const index_t mean = std::clamp<index_t>(budget.of(problem.length) - problem.protected_tokens(), 0,
-                                             problem.candidates);
+    const index_t mean = mean_chosen(problem);
     if (problem.layers <= 1 || mean == problem.candidates) return mean;
     if (rounding == pyramid_rounding::released) {
       index_t least = static_cast<index_t>(static_cast<double>(mean) / static_cast<double>(beta));
