@@ -73,7 +73,7 @@ template <tensor_backend Backend, element T>
   const auto ll = [](index_t n) { return static_cast<long long>(n); };
   const index_t tokens = prompt.key.extent(2);
   const index_t more = future.key.extent(2);
-  if (prompt.key.missing()) return status::error(errc::missing_input, "the layer has no key");
+  RESTKV_RETURN_IF_FAILED(check_layer(prompt, shape_of(prompt), 0, false, true, false));
   RESTKV_RETURN_IF_FAILED(check_kept(kept, prompt.key.extent(0), prompt.key.extent(1), tokens));
   if (future.query.extent(2) != more) {
     return status::error(errc::shape_mismatch, "the future has %lld queries and %lld keys: one each a token is needed",

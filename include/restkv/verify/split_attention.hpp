@@ -19,7 +19,7 @@ namespace restkv::detail {
 inline constexpr double largest_verified_element = 1e60;
 
 /// Columns that `add_rows` sums side by side. Vectors are padded to a multiple.
-inline constexpr index_t verify_lanes = 16;
+inline constexpr index_t verify_lanes = 32;
 
 [[nodiscard]] constexpr index_t padded_channels(index_t channels) noexcept {
   return (channels + verify_lanes - 1) / verify_lanes * verify_lanes;
@@ -119,7 +119,7 @@ struct split_result {
 template <element T>
 class split_attention {
  public:
-  static constexpr index_t tile = 2 * verify_lanes;  // tokens
+  static constexpr index_t tile = verify_lanes;  // tokens
   static constexpr index_t block = 16;               // queries
 
   split_attention(const split_problem<T>& problem, const split_result& result) noexcept
@@ -217,7 +217,7 @@ class split_attention {
     tensor_view<const T, 4> part;
     for (index_t j = 0; j < count; ++j) {
       const index_t token = span_.begin + positions_[static_cast<std::size_t>(first + j)];
-      if (j == 0 || token - begin >= part.extent(2)) {
+      if (j == 0 || token < begin || token - begin >= part.extent(2)) {  // the evicted tokens begin again at 0
         part = cache.from_token(token);
         begin = token;
       }
