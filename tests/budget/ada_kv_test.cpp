@@ -14,8 +14,8 @@ namespace {
 
 static_assert(restkv::budget_allocator<ada_kv>);
 
-/// How many of the layer's `total` best candidates each head has, by sorting (score, head, token). `scores` are the keys,
-/// or whatever they were turned into.
+/// How many of the layer's `total` best candidates each head has, by sorting (score, head, token). `scores` are the
+/// keys, or whatever they were turned into.
 template <class Score, class Key>
 std::vector<index_t> best_by_sorting(const random_problem<Key>& made, const std::vector<Score>& scores, index_t total) {
   std::vector<std::size_t> order;

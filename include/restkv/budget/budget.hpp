@@ -85,7 +85,8 @@ concept allocates_by_keys = requires(const A& allocator, const budget_problem& p
 /// planning. `allocate(problem, keys, counts, scratch)`: sets counts[h], the candidates head h keeps; they must add up
 /// to heads * (tokens_per_head - protected) exactly and each lie in [0, candidates]. `scratch` has `heads` doubles.
 ///
-/// `keys` are order keys of the smoothed scores, uint32 for float and uint64 for double, [heads, length], 0 where a token is protected or may not be chosen.
+/// `keys` are order keys of the smoothed scores, uint32 for float and uint64 for double, [heads, length]; 0 where a token
+/// is protected or may not be chosen.
 template <class A>
 concept budget_allocator = detail::has_tokens_per_head<A> && detail::has_most_per_head<A> &&
                            detail::allocates_by_keys<A, std::uint32_t> && detail::allocates_by_keys<A, std::uint64_t>;

@@ -5,6 +5,8 @@
 
 #include <restkv/core/status.hpp>
 
+#include <limits>
+
 namespace restkv {
 
 /// The first `sink` and the last `recent` tokens of every sequence are kept whatever their score, and count towards
@@ -15,9 +17,11 @@ struct protection {
   index_t recent = 32;
 
   [[nodiscard]] status check() const noexcept {
-    if (sink < 0 || recent < 0) {
-      return status::error(errc::invalid_argument, "protection has sink %lld and recent %lld, neither may be negative",
-                           static_cast<long long>(sink), static_cast<long long>(recent));
+    constexpr index_t longest = std::numeric_limits<position_t>::max();
+    if (sink < 0 || recent < 0 || sink > longest || recent > longest) {
+      return status::error(errc::invalid_argument, "protection has sink %lld and recent %lld, must be within [0, %lld]",
+                           static_cast<long long>(sink), static_cast<long long>(recent),
+                           static_cast<long long>(longest));
     }
     return {};
   }

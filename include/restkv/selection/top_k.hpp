@@ -52,7 +52,9 @@ template <std::unsigned_integral Key, std::invocable<index_t, index_t> KeyAt>
     for (; digit > 0 && histogram[static_cast<std::size_t>(digit)] < wanted; --digit) {
       wanted -= histogram[static_cast<std::size_t>(digit)];
     }
-    if (histogram[static_cast<std::size_t>(digit)] < wanted) return {0, k - wanted, 0};  // fewer than k keys
+    if (const index_t lowest = histogram[static_cast<std::size_t>(digit)]; lowest < wanted) {
+      return {0, k - wanted + lowest, 0};  // fewer than k keys
+    }
     prefix = static_cast<Key>(prefix | (static_cast<Key>(digit) << low));
     prefix_mask = static_cast<Key>(prefix_mask | (digit_mask << low));
     high = low;
