@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-// Random attention layers for tests, fuzzers and benchmarks. Needs Eigen (for the metric of W_O), no test framework.
+// Random attention layers of every kind of memory, padding and mask. Link with layer_metric.cpp; needs no test framework.
 #pragma once
 
 #include "support/guarded_tensor.hpp"
+#include "support/layer_metric.hpp"
 
-#include <restkv/backend/eigen/output_metric.hpp>
 #include <restkv/core/layer.hpp>
 
 #include <cstdint>
@@ -49,7 +49,10 @@ class random_layer {
     view_.value = chunked(random, value.read(), recipe.chunks, value_chunks_);
     if (recipe.hidden > 0) {
       view_.projection = projection.read();
-      built = metric.build(projection.read(), recipe.kv_heads * recipe.group, recipe.head_dim);
+      std::vector<float> weights;
+      for_each(projection.read(), [&](const T& weight) { weights.push_back(restkv::widen<float>(weight)); });
+      metric = build_metric({weights.data(), projection.view().extents}, recipe.kv_heads * recipe.group,
+                            recipe.head_dim);
       view_.metric = metric.view();
     }
     if (recipe.padded) {
@@ -92,7 +95,6 @@ class random_layer {
   std::vector<std::int32_t> lengths{};
   std::vector<std::uint8_t> keep_mask{};
   restkv::output_metric metric{};
-  restkv::status built{};  ///< of the metric
 
  private:
   using chunk_views = std::vector<tensor_view<const T, 4>>;
