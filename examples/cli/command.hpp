@@ -42,6 +42,9 @@ struct invocation {
 /// Adds --json and --quiet to a subcommand.
 void add_output_options(CLI::App& command, invocation& run);
 
+/// Adds --threads; where it is left out, `threads` becomes the number of the machine's cores.
+void add_threads_option(CLI::App& command, int& threads);
+
 /// Each adds its subcommand. The subcommand's callback sets `run.exit_status`; it throws input_error.
 void add_select_command(CLI::App& app, invocation& run);
 void add_verify_command(CLI::App& app, invocation& run);

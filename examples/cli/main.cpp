@@ -10,13 +10,24 @@
 #include <fmt/format.h>
 #include <nlohmann/json.hpp>
 
+#include <algorithm>
 #include <new>
+#include <string_view>
+#include <thread>
 
 namespace restkv::cli {
 
 void add_output_options(CLI::App& command, invocation& run) {
   command.add_flag("--json", run.json, "Print one JSON object on the standard output instead of text");
   command.add_flag("-q,--quiet", run.quiet, "Show no progress");
+}
+
+void add_threads_option(CLI::App& command, int& threads) {
+  threads = std::clamp(static_cast<int>(std::thread::hardware_concurrency()), 1, 1024);
+  command.add_option("--threads", threads, "Threads; results do not depend on their number")
+      ->check(CLI::Range(1, 1024))
+      ->type_name("N")
+      ->capture_default_str();
 }
 
 namespace {
@@ -37,7 +48,10 @@ int run_program(int count, char** arguments) {
   app.set_version_flag("--version", fmt::format("restkv {}.{}.{}", RESTKV_VERSION_MAJOR, RESTKV_VERSION_MINOR,
                                                 RESTKV_VERSION_PATCH));
   app.require_subcommand(1);
+  // Known before anything is parsed, so that a failure to parse is reported as wished, too.
+  run.json = std::any_of(arguments, arguments + count, [](std::string_view text) { return text == "--json"; });
   app.footer("Exit status: 0 all is well, 1 something does not compare equal, 2 a file or an option cannot be used.");
+  add_compare_command(app, run);
   add_select_command(app, run);
   add_verify_command(app, run);
   try {
@@ -49,6 +63,8 @@ int run_program(int count, char** arguments) {
     return fail(run, problem.what());
   } catch (const std::bad_alloc&) {
     return fail(run, "out of memory");
+  } catch (const std::exception& problem) {
+    return fail(run, problem.what());
   }
   return run.exit_status;
 }

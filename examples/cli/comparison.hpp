@@ -1,0 +1,77 @@
+// SPDX-License-Identifier: Apache-2.0
+/// @file
+/// Comparing a selection with results that are known.
+#pragma once
+
+#include "selection.hpp"
+
+#include <restkv/interop/safetensors.hpp>
+
+#include <optional>
+#include <string>
+#include <vector>
+
+namespace restkv::cli {
+
+/// A tensor of known results: one axis is [rows], two are [rows, columns].
+template <class T>
+struct known_tensor {
+  std::string name;
+  std::vector<T> elements;
+  index_t rows = 0;
+  index_t columns = 1;
+
+  [[nodiscard]] const T* row(index_t r) const noexcept { return elements.data() + r * columns; }
+};
+
+/// Reads a tensor of floats or of whole numbers. Throws input_error, beginning with `path`, unless it is there with
+/// `rows` rows.
+template <class T>
+[[nodiscard]] known_tensor<T> read_known(const safetensors_file& file, const std::string& path,
+                                         const std::string& name, index_t rows);
+
+/// What came out for one file.
+struct file_outcome {
+  std::string file;
+  std::string method;
+  std::vector<std::string> compared;                   ///< names of tensors, each once
+  std::array<std::optional<double>, 2> largest_error;  ///< by backend_kind: of a row of floats, relative to its maximum
+  std::vector<std::string> mismatches;                 ///< sentences
+  std::string unusable;                                ///< why the file could not be compared; empty where it could
+
+  [[nodiscard]] bool ok() const noexcept { return mismatches.empty() && unusable.empty(); }
+};
+
+/// Compares what one backend computed, and notes it in a file's outcome.
+class comparison {
+ public:
+  /// `label` begins every mismatch: what was run, where a file holds several problems.
+  comparison(file_outcome& outcome, backend_kind backend, double tolerance, std::string label = "")
+      : outcome_(outcome), backend_(backend), tolerance_(tolerance), label_(std::move(label)) {}
+
+  /// Every row within `tolerance` of its largest magnitude. `ours` is [rows, our_columns]; columns of `known` beyond
+  /// those are not looked at.
+  void floats(const known_tensor<float>& known, const std::vector<double>& ours, index_t our_columns);
+
+  /// Numbers equal but for the rounding of float.
+  void equal_floats(const known_tensor<float>& known, const std::vector<double>& ours);
+
+  void equal_numbers(const known_tensor<std::int32_t>& known, const std::vector<std::int32_t>& ours);
+
+  /// Kept sets equal, except for tokens that tie: `score` [rows, columns] says how tokens were ranked, and tokens that
+  /// are in one set only must lie within `tolerance` of each other, relative to the last that was kept. A margin above
+  /// `tolerance` (the smallest gap between a kept and a dropped score, where the file says it) admits no ties.
+  void kept_sets(const known_tensor<std::int32_t>& known, const selection& ours, const std::vector<double>& score,
+                 std::optional<double> margin);
+
+  void note(const std::string& name);
+  void mismatch(const std::string& sentence);
+
+ private:
+  file_outcome& outcome_;
+  backend_kind backend_;
+  double tolerance_;
+  std::string label_;
+};
+
+}  // namespace restkv::cli

@@ -1,0 +1,262 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "configuration.hpp"
+
+#include "command.hpp"
+#include "output.hpp"
+
+#include <restkv/presets.hpp>
+
+#include <fmt/format.h>
+#include <nlohmann/json.hpp>
+
+#include <functional>
+#include <limits>
+#include <map>
+#include <type_traits>
+
+namespace restkv::cli {
+
+namespace {
+
+using nlohmann::json;
+
+std::string joined(const std::vector<std::string>& texts) {
+  std::string line;
+  for (const std::string& text : texts) line += (line.empty() ? "" : ", ") + text;
+  return line;
+}
+
+template <class Enum>
+std::string known_names() {
+  std::string line;
+  for (const char* name : names<Enum>::values) line += std::string(line.empty() ? "" : ", ") + name;
+  return line;
+}
+
+std::string shown(const json& value) {
+  std::string text = one_line(value.dump(-1, ' ', false, json::error_handler_t::replace));
+  if (text.size() > 60) text = text.substr(0, 60) + "...";
+  return text;
+}
+
+/// Reads one value into a member; throws with the key's name, the value and what is needed.
+template <class Member>
+void read_value(const key_facts& key, const json& value, Member& member, const std::string& where) {
+  const auto reject = [&](const std::string& needed) {
+    return input_error(fmt::format("{}: {} is {}, {}", where, key.name, shown(value), needed));
+  };
+  if constexpr (std::is_enum_v<Member>) {
+    const std::string known = known_names<Member>();
+    if (!value.is_string()) throw reject("must be one of " + known);
+    for (std::size_t i = 0; i < names<Member>::values.size(); ++i) {
+      if (value.get_ref<const std::string&>() == names<Member>::values[i]) {
+        member = static_cast<Member>(i);
+        return;
+      }
+    }
+    const bool is_method = std::is_same_v<Member, method_kind>;
+    throw reject(fmt::format("which is not {}: {}", is_method ? "supported; supported are" : "known; known are", known));
+  } else if constexpr (std::is_same_v<Member, bool>) {
+    if (!value.is_boolean()) throw reject("must be true or false");
+    member = value.get<bool>();
+  } else if constexpr (std::is_floating_point_v<Member>) {
+    if (!value.is_number()) throw reject("must be a number");
+    member = static_cast<Member>(value.get<double>());
+  } else {
+    const bool fits = value.is_number_unsigned() ? std::in_range<Member>(value.get<std::uint64_t>())
+                                                 : value.is_number_integer() && std::in_range<Member>(value.get<std::int64_t>());
+    if (!fits) {
+      throw reject(fmt::format("must be a whole number within [{}, {}]", std::numeric_limits<Member>::min(),
+                               std::numeric_limits<Member>::max()));
+    }
+    member = value.get<Member>();
+  }
+}
+
+method_kind method_in(const json& object, const std::string& where) {
+  method_kind method = method_kind::restkv;
+  if (const auto at = object.find("method"); at != object.end()) {
+    read_value(key_facts{"method", "", ""}, *at, method, where);
+  }
+  return method;
+}
+
+// From the parts of a policy of the library back to keys.
+void take(configuration& c, const rest_kv& score) {
+  c.method = method_kind::restkv;
+  c.order = score.order;
+  c.use_wo = score.metric_of_distance == metric::projection;
+  c.use_norm = score.normalised;
+  c.tau = score.tau;
+}
+void take(configuration& c, const snap_kv&) { c.method = method_kind::snapkv; }
+void take(configuration& c, const streaming_llm&) { c.method = method_kind::streamingllm; }
+void take(configuration& c, const random_score& score) {
+  c.method = method_kind::random;
+  c.seed = score.seed;
+}
+void take(configuration& c, const mean&) { c.temporal = temporal_kind::mean; }
+void take(configuration& c, const ema& temporal) {
+  c.temporal = temporal_kind::ema;
+  c.alpha = temporal.alpha;
+}
+void take(configuration& c, const no_pool&) { c.spatial = spatial_kind::none; }
+void take(configuration& c, const average_pool& spatial) {
+  c.spatial = spatial_kind::avgpool;
+  c.kernel = spatial.width;
+}
+void take(configuration& c, const adaptive_window& spatial) {
+  c.spatial = spatial_kind::adaptive;
+  c.kernel = spatial.min_width;
+  c.scale = spatial.scale;
+  c.shift_rule = spatial.shift_rule;
+}
+void take(configuration& c, const uniform& budget) {
+  c.allocation = allocation_kind::uniform;
+  c.budget = budget.budget.tokens;
+}
+void take(configuration& c, const ada_kv& budget) {
+  c.allocation = allocation_kind::adakv;
+  c.budget = budget.budget.tokens;
+  c.floor = budget.floor;
+  c.normalize = budget.normalise;
+}
+
+template <class Policy>
+configuration from_policy(const Policy& policy) {
+  configuration c;
+  take(c, policy.score);
+  take(c, policy.temporal);
+  take(c, policy.spatial);
+  take(c, policy.budget);
+  c.window = policy.window;
+  c.group = policy.group;
+  c.n_sink = policy.protect.sink;
+  // The window is protected in any case: only what goes beyond it is said.
+  c.recent = policy.protect.recent > policy.window || !c.observes() ? policy.protect.recent : 0;
+  return c;
+}
+
+const std::map<std::string, configuration>& presets_by_name() {
+  static const std::map<std::string, configuration> all{
+      {"standard", from_policy(presets::standard(configuration{}.budget))},
+      {"lowest_error", from_policy(presets::lowest_error(configuration{}.budget))},
+      {"rest_kv_released", from_policy(presets::rest_kv_released(configuration{}.budget))},
+      {"rest_kv_paper", from_policy(presets::rest_kv_paper(configuration{}.budget))},
+      {"snap_kv", from_policy(presets::snap_kv(configuration{}.budget))},
+      {"streaming_llm", from_policy(presets::streaming_llm(configuration{}.budget))},
+      {"random", from_policy(presets::random(configuration{}.budget))}};
+  return all;
+}
+
+json parse_object(const std::string& text, const std::string& where) {
+  json object = json::parse(text, nullptr, false);
+  if (object.is_discarded()) throw input_error(fmt::format("{}: is not valid JSON", where));
+  if (!object.is_object()) throw input_error(fmt::format("{}: is {}, must be a JSON object", where, shown(object)));
+  return object;
+}
+
+}  // namespace
+
+configuration defaults_of(method_kind method) {
+  configuration c;
+  switch (method) {
+    case method_kind::restkv: c = preset("rest_kv_paper"); break;
+    case method_kind::caote: c.use_wo = false; break;
+    case method_kind::snapkv: c = preset("snap_kv"); break;
+    case method_kind::adakv:
+      c = preset("snap_kv");
+      c.spatial = spatial_kind::maxpool;
+      c.kernel = 7;
+      c.allocation = allocation_kind::adakv;
+      break;
+    case method_kind::streamingllm: c = preset("streaming_llm"); break;
+    case method_kind::random: c = preset("random"); break;
+    case method_kind::set_error: break;
+  }
+  c.method = method;
+  return c;
+}
+
+configuration preset(const std::string& name) {
+  const auto at = presets_by_name().find(name);
+  if (at != presets_by_name().end()) return at->second;
+  std::vector<std::string> known;
+  for (const auto& [known_name, unused] : presets_by_name()) known.push_back(known_name);
+  throw input_error(fmt::format("there is no preset {}; known are: {}", one_line(name), joined(known)));
+}
+
+configuration parse_configuration(const std::string& text, const std::string& where) {
+  const json object = parse_object(text, where);
+  configuration c = defaults_of(method_in(object, where));
+  apply(c, object, where);
+  return c;
+}
+
+void apply(configuration& c, const json& object, const std::string& where) {
+  std::map<std::string, std::function<void(const json&)>> readers;
+  std::vector<std::string> known;
+  visit_keys(c, [&](const key_facts& key, auto& member) {
+    known.emplace_back(key.name);
+    readers[key.name] = [key, &member, &where](const json& value) { read_value(key, value, member, where); };
+  });
+  for (const auto& [key, value] : object.items()) {
+    const auto reader = readers.find(key);
+    if (reader == readers.end()) {
+      throw input_error(
+          fmt::format("{}: unknown key {}; known are: {}", where, shown(json(key)), joined(known)));
+    }
+    reader->second(value);
+  }
+  const bool has_ratio = object.contains("compression_ratio");
+  if (has_ratio && !(c.compression_ratio >= 0.0 && c.compression_ratio < 1.0)) {
+    throw input_error(
+        fmt::format("{}: compression_ratio is {}, must be at least 0 and below 1", where, c.compression_ratio));
+  }
+  if (object.contains("budget")) {
+    if (has_ratio) throw input_error(fmt::format("{}: budget and compression_ratio exclude each other", where));
+    c.compression_ratio = 0.0;
+  }
+}
+
+json to_json(const configuration& c) {
+  json object = json::object();
+  visit_keys(c, [&](const key_facts& key, const auto& member) {
+    using member_type = std::decay_t<decltype(member)>;
+    if constexpr (std::is_enum_v<member_type>) {
+      object[key.name] = name_of(member);
+    } else if constexpr (std::is_same_v<member_type, float>) {
+      object[key.name] = std::stod(fmt::format("{}", member));  // 0.3, not the digits of the nearest float
+    } else {
+      object[key.name] = member;
+    }
+  });
+  object.erase(c.compression_ratio == 0.0 ? "compression_ratio" : "budget");
+  return object;
+}
+
+configuration configuration_options::over(const std::string& case_text, const std::string& where) const {
+  json object = case_text.empty() ? json::object() : parse_object(case_text, where);
+  configuration c;
+  if (!preset.empty() || case_text.empty()) {
+    // What remains of the case: how many tokens, and how many queries were recorded to look at.
+    c = cli::preset(preset.empty() ? "standard" : preset);
+    json kept = json::object();
+    for (const char* key : {"budget", "compression_ratio", "window"}) {
+      if (object.contains(key)) kept[key] = object[key];
+    }
+    apply(c, kept, where);
+  } else {
+    c = parse_configuration(case_text, where);
+  }
+  if (keys->contains("method")) {
+    // Another method is another set of defaults; what the case says beyond them stays.
+    object["method"] = (*keys)["method"];
+    c = defaults_of(method_in(object, "--method"));
+    apply(c, object, where);
+  }
+  apply(c, *keys, "the options");
+  return c;
+}
+
+}  // namespace restkv::cli
