@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 /// @file
-/// `plan`: a policy validated for a shape, with the workspace it needs.
+/// `plan` and `make_plan`: a policy validated for a shape, with the workspace it needs.
 #pragma once
 
 #include <restkv/backend/backend.hpp>
@@ -48,7 +48,7 @@ struct selection_memory {
   tensor_view<double, 2> drift;          // [batch, heads]
   index_t* counts;                       // [batch * heads]
   double* shares;                        // [batch * heads]
-  token_state* states = nullptr;         // [batch, heads, tokens]; only where certified pruning may run
+  tensor_view<token_state, 3> states{};  // [batch, heads, tokens]; only where certified pruning may run
   std::uint8_t* settled = nullptr;       // likewise
   pruning_row<key>* rows = nullptr;      // [batch * heads], likewise
 
@@ -63,7 +63,7 @@ struct selection_memory {
     shares = space.take<double>(count);
     if constexpr (may_prune<Backend, Policy>) {
       if (!backend.bounds_pay(make_score_request(p.policy, p.shape))) return;
-      states = space.take<token_state>(count * p.shape.tokens);
+      states = {space.take<token_state>(count * p.shape.tokens), {p.shape.batch, p.heads, p.shape.tokens}};
       settled = space.take<std::uint8_t>(count * p.shape.tokens);
       rows = space.take<pruning_row<key>>(count);
     }
@@ -71,4 +71,75 @@ struct selection_memory {
 };
 
 }  // namespace detail
+
+/// Validates a policy for a shape and computes the workspace. Nothing is allocated.
+///
+/// Errors: a bad parameter of any part; heads that are not a multiple; a budget smaller than the protected tokens; an
+/// axis beyond 2^31 - 1 tokens.
+template <tensor_backend Backend, class Policy>
+[[nodiscard]] status make_plan(const Backend& backend, const Policy& policy, const problem_shape& shape,
+                               plan<Policy>& out) noexcept {
+  const auto ll = [](index_t n) { return static_cast<long long>(n); };
+  RESTKV_RETURN_IF_FAILED(policy.check());
+  if (shape.kv_heads < 1 || shape.query_heads < 1 || shape.query_heads % shape.kv_heads != 0) {
+    return status::error(errc::shape_mismatch,
+                         "query has %lld heads, key has %lld: query heads must be a multiple of kv heads",
+                         ll(shape.query_heads), ll(shape.kv_heads));
+  }
+  if (shape.head_dim < 1 || shape.head_dim > 4096) {
+    return status::error(errc::invalid_argument, "head_dim is %lld, must be within [1, 4096]", ll(shape.head_dim));
+  }
+  if (shape.batch < 0 || shape.tokens < 0) {
+    return status::error(errc::invalid_argument, "the shape has %lld sequences of %lld tokens: neither may be negative",
+                         ll(shape.batch), ll(shape.tokens));
+  }
+  constexpr index_t longest = std::numeric_limits<position_t>::max();
+  if (shape.tokens > longest) {
+    return status::error(errc::invalid_argument, "the shape has %lld tokens, the longest axis is %lld",
+                         ll(shape.tokens), ll(longest));
+  }
+  if (shape.layers < 1 || shape.layer < 0 || shape.layer >= shape.layers) {
+    return status::error(errc::invalid_argument, "layer %lld of %lld layers does not exist", ll(shape.layer),
+                         ll(shape.layers));
+  }
+  constexpr index_t most_rows = index_t(1) << 40;
+  if (shape.batch > most_rows / shape.query_heads / std::max<index_t>(1, shape.tokens)) {
+    return status::error(errc::invalid_argument, "%lld sequences of %lld heads of %lld tokens pass 2^40 scores",
+                         ll(shape.batch), ll(shape.query_heads), ll(shape.tokens));
+  }
+  plan<Policy> made;
+  made.policy = policy;
+  made.shape = shape;
+  made.heads = policy.group == group_reduce::none ? shape.query_heads : shape.kv_heads;
+  const index_t fixed = std::min(shape.tokens, policy.protect.sink + policy.recent());
+  const budget_problem longest_sequence{made.heads, shape.tokens, shape.tokens - fixed, shape.layer, shape.layers};
+  const index_t budget = policy.budget.tokens_per_head(longest_sequence);
+  if (budget < fixed) {
+    return status::error(errc::invalid_argument,
+                         "the budget is %lld tokens per head, %lld are protected (%lld sinks, %lld recent)",
+                         ll(budget), ll(fixed), ll(policy.protect.sink), ll(policy.recent()));
+  }
+  made.capacity = std::clamp<index_t>(policy.budget.most_per_head(longest_sequence), fixed, shape.tokens);
+  workspace counting;
+  detail::selection_memory<Backend, Policy> memory(backend, made, counting);
+  typename Backend::template scratch<score_request_of<Policy>> scratch(backend, make_score_request(policy, shape),
+                                                                       counting);
+  RESTKV_RETURN_IF_FAILED(counting.check());
+  made.workspace_bytes = counting.required_bytes();
+  out = made;
+  return {};
+}
+
+#if RESTKV_EXCEPTIONS
+
+/// `make_plan` that throws `restkv::error`.
+template <tensor_backend Backend, class Policy>
+[[nodiscard]] plan<Policy> make_plan(const Backend& backend, const Policy& policy, const problem_shape& shape) {
+  plan<Policy> made;
+  throw_if_failed(make_plan(backend, policy, shape, made));
+  return made;
+}
+
+#endif
+
 }  // namespace restkv
