@@ -228,18 +228,15 @@ class reference_backend {
       return result;
     }
 
-    // After: smooth the attention over the past, and 1 - attention with the same weights where smoothing is linear.
+    // After: smooth the attention over the past. 1 - smoothed is not a subtraction: as the rows' rests r are 1 - a,
+    // 1 - S(1 - r) = -S(-r) for every smoother S that does not mind a constant.
     std::vector<double> smoothed(static_cast<std::size_t>(past));
     std::vector<double> rests(static_cast<std::size_t>(past));
     for (index_t n = 0; n < past; ++n) {
       for (std::size_t i = 0; i < rows.size(); ++i) column[i] = rows[i].share[static_cast<std::size_t>(n)];
       smoothed[static_cast<std::size_t>(n)] = reduce();
-      if constexpr (linear_temporal_smoother<decltype(request.temporal)>) {
-        for (std::size_t i = 0; i < rows.size(); ++i) column[i] = rows[i].rest(n);
-        rests[static_cast<std::size_t>(n)] = reduce();
-      } else {
-        rests[static_cast<std::size_t>(n)] = 1.0 - smoothed[static_cast<std::size_t>(n)];
-      }
+      for (std::size_t i = 0; i < rows.size(); ++i) column[i] = -rows[i].rest(n);
+      rests[static_cast<std::size_t>(n)] = -reduce();
     }
     const output out = output_of(smoothed);
     const double output_norm = norm(layer, how, head, out.whole(values));

@@ -23,6 +23,11 @@ template <element T>
   return row;
 }
 
+/// The least part of its attention that a query leaves to all tokens but one. What deleting that one does to the output
+/// depends on the proportions among the others alone, however little they have together: so they keep their proportions,
+/// and odds and distances stay far from overflow and underflow.
+inline constexpr double least_rest = 1e-100;
+
 /// One query's attention over a sequence: a[n] = exp(s_n - max) / sum, s_n = q k_n / sqrt(d), over the tokens up to and
 /// including the query's own; 0 beyond.
 struct attention_row {
@@ -60,14 +65,22 @@ template <element T>
       row.top = n;
     }
   }
-  double others = 0;
+  double second = -std::numeric_limits<double>::infinity();
+  for (index_t n = 0; n < visible; ++n) {
+    if (n != row.top) second = std::max(second, row.share[static_cast<std::size_t>(n)]);
+  }
+  double others = 0;  // of exp(s_n - second), over all tokens but the top one
   for (index_t n = 0; n < visible; ++n) {
     double& share = row.share[static_cast<std::size_t>(n)];
-    share = std::exp(share - largest);
-    if (n != row.top) others += share;
+    share = n == row.top ? 0.0 : std::exp(share - second);
+    others += share;
   }
-  for (index_t n = 0; n < visible; ++n) row.share[static_cast<std::size_t>(n)] /= 1.0 + others;
-  row.top_rest = others / (1.0 + others);
+  // exp(second - largest) turns that into exp(s_n - largest).
+  const double scale = visible < 2 ? 0.0 : std::max(std::exp(second - largest), least_rest / others);
+  const double rest = others * scale;
+  for (index_t n = 0; n < visible; ++n) row.share[static_cast<std::size_t>(n)] *= scale / (1.0 + rest);
+  row.share[static_cast<std::size_t>(row.top)] = 1.0 / (1.0 + rest);
+  row.top_rest = rest / (1.0 + rest);
   return row;
 }
 

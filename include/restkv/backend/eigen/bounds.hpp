@@ -36,6 +36,7 @@ void bound_head(const head_task<Request>& task, const layer_view<T>& layer, bool
       needs_metric(task.request.score) ? std::sqrt(layer.metric.spectrum(task.head, 0)) * bound_slack : bound_slack;
   const float centre_norm = std::sqrt(dot(centre, centre, width));
   const float* const smoothed = after ? states.row + task.state() * states.tokens : nullptr;
+  const float whole = after ? task.whole() : 1.0f;
   float* const radius = states.radius + cells;
   for (index_t i = 0; i < outputs; ++i) {
     radius[i] = bound_slack * radius[i] + bound_floor * (stretch * centre_norm + states.norm[cells + i]);
@@ -52,8 +53,7 @@ void bound_head(const head_task<Request>& task, const layer_view<T>& layer, bool
       float bound = 0;
       if (after) {
         f.attention = smoothed[begin + n];
-        const bool is_top = begin + n == states.top[cells];
-        f.odds = f.attention / std::max(is_top ? states.rest[cells] : 1.0f - f.attention, least_rest);
+        f.odds = f.attention / rest_of(task, begin + n, whole, states);
         f.distance = radius[0] + reach;
         f.output_norm = states.norm[cells];
         bound = finite_score(task.request.score(f));

@@ -47,6 +47,7 @@ struct head_states {
   float* centre = nullptr;      ///< mean of o over the window, [head][width]; only where scores are bounded
   float* radius = nullptr;      ///< not below ||M (o - centre)||, as image_norm; only where scores are bounded
   float* row = nullptr;       ///< smoothed attention, order `after`: [head][tokens]
+  float* row_rest = nullptr;  ///< 1 - row without cancellation, where the smoother is not linear: [head][tokens]
 
   /// Rows of outputs a head has: one per query, or a single one for the smoothed attention.
   index_t outputs = 0;
@@ -77,6 +78,7 @@ struct head_states {
         radius = space.take<float>(heads * outputs);
       }
       row = space.take<float>(after ? heads * tokens : 0);
+      row_rest = space.take<float>(after && !needs::linear ? heads * tokens : 0);
     }
   }
 };
@@ -209,6 +211,15 @@ struct head_task {
     } else {
       return request.temporal(std::span<const float>(values, static_cast<std::size_t>(window)));
     }
+  }
+
+  /// What a constant 1 is reduced to: 1, but for a linear smoother whose weights add up to something else.
+  [[nodiscard]] float whole() const noexcept {
+    double sum = needs_of<Request>::linear ? 0.0 : 1.0;
+    if constexpr (needs_of<Request>::linear) {
+      for (int i = 0; i < static_cast<int>(window); ++i) sum += request.temporal.weight(i, static_cast<int>(window));
+    }
+    return static_cast<float>(sum);
   }
 
   void fill_weights(float* weights, index_t lanes) const noexcept {

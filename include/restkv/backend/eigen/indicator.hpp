@@ -124,15 +124,14 @@ void score_tile(const head_task<Request>& task, index_t count, const float_rows&
     if (order_of(task.request.score) == query_order::after) {
       const index_t cell = task.state();
       const float* const row = states.row + cell * states.tokens;
+      const float whole = task.whole();
       for (index_t n = 0; n < count; ++n) {
         const index_t token = buffers.tokens[n];
         auto f = task.features(token);
         token_norms(f, n);
         f.attention = row[token];
-        float rest = 1.0f - f.attention;
         const bool is_top = token == states.top[cell];
-        if (is_top) rest = states.rest[cell];
-        rest = std::max(rest, least_rest);
+        const float rest = rest_of(task, token, whole, states);
         f.odds = f.attention / rest;
         if constexpr (distance) {
           f.distance = is_top ? top_distance(task, cell, values.data + n * values.stride, rest, factors, buffers, states)

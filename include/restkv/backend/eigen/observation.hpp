@@ -70,6 +70,19 @@ template <class Request>
   return finite_score(task.reduce(scores, buffers.weights, lanes));
 }
 
+/// 1 - a of one token's smoothed attention a = S(a_i), from the queries' own rests r_i: 1 - S(1 - r) = -S(-r) for every
+/// smoother S that does not mind a constant. `shares` are the token's, [lanes]; overwrites buffers.scores up to the window.
+template <class Request>
+[[nodiscard]] float smoothed_rest(const head_task<Request>& task, index_t token, const float* shares,
+                                  tile_buffers& buffers) noexcept {
+  for (index_t lane = 0; lane < task.window; ++lane) {
+    const float others = buffers.softmax.rest()[lane];
+    buffers.scores[lane] =
+        buffers.softmax.top()[lane] == token ? -others / (1.0f + others) : shares[lane] - 1.0f;
+  }
+  return -task.reduce(buffers.scores, buffers.weights, buffers.softmax.block().lanes);
+}
+
 /// Scores that need nothing but attention, for one head, straight from the softmax: row[n] for n < past.
 template <class Request>
 void score_locally(const head_task<Request>& task, tile_buffers& buffers, float* row) noexcept {
@@ -84,7 +97,10 @@ void score_locally(const head_task<Request>& task, tile_buffers& buffers, float*
       auto f = task.features(first + n);
       if (after) {
         f.attention = task.reduce(buffers.shares + n * lanes, buffers.weights, lanes);
-        f.odds = f.attention / std::max(1.0f - f.attention, least_rest);
+        if constexpr (odds) {
+          f.odds = f.attention /
+                   std::max(smoothed_rest(task, first + n, buffers.shares + n * lanes, buffers), least_rest);
+        }
         row[first + n] = finite_score(task.request.score(f));
         continue;
       }
@@ -127,40 +143,46 @@ void outputs_per_query(const head_task<Request>& task, const layer_view<T>& laye
   }
 }
 
-/// Order `after`: the smoothed attention row over the past, its top token kept apart, with 1 - a of that token summed
-/// from the queries' own rests.
+/// Order `after`: the smoothed attention row over the past, and its top token with 1 - a.
 template <class Request>
 void smoothed_row(const head_task<Request>& task, tile_buffers& buffers, head_states& states) noexcept {
   const index_t lanes = states.lanes;
-  float* const row = states.row + task.state() * states.tokens;
+  const index_t begin = task.state() * states.tokens;
+  float* const row = states.row + begin;
+  std::fill(buffers.scores, buffers.scores + lanes, 0.0f);
   for (index_t first = 0; first < task.past; first += tile_tokens) {
     const index_t count = std::min(tile_tokens, task.past - first);
     tile_shares<false>(buffers.softmax, first / tile_tokens, count, buffers.shares, nullptr);
-    for (index_t n = 0; n < count; ++n) row[first + n] = task.reduce(buffers.shares + n * lanes, buffers.weights, lanes);
-  }
-  index_t top = 0;
-  for (index_t n = 1; n < task.past; ++n) top = row[n] > row[top] ? n : top;
-  double rest = 1.0;
-  if (task.past > 0) {
-    // 1 - a of the top token, from the queries' own rests where it is theirs, too.
-    float* const shares = buffers.shares;  // [lanes]
-    const index_t cell = (top % tile_tokens) * lanes;
-    shares_of<false>(buffers.softmax.logits(top / tile_tokens) + cell, buffers.softmax.largest(),
-                     buffers.softmax.scale(), lanes, 1, shares, nullptr);
-    rest = needs_of<Request>::linear ? 0.0 : 1.0 - static_cast<double>(row[top]);
-    for (index_t lane = 0; lane < task.window; ++lane) {
-      const bool own = buffers.softmax.top()[lane] == top;
-      const double others = buffers.softmax.rest()[lane];
-      const double lane_rest = own ? others / (1.0 + others) : 1.0 - static_cast<double>(shares[lane]);
-      if constexpr (needs_of<Request>::linear) {
-        rest += static_cast<double>(buffers.weights[lane]) * lane_rest;
-      } else if (own && shares[lane] == row[top]) {
-        rest = lane_rest;  // a smoother that picks one of the rows (the maximum) takes that row's rest with it
+    for (index_t n = 0; n < count; ++n) {
+      const float* const shares = buffers.shares + n * lanes;
+      row[first + n] = task.reduce(shares, buffers.weights, lanes);
+      if constexpr (!needs_of<Request>::linear) {
+        states.row_rest[begin + first + n] = smoothed_rest(task, first + n, shares, buffers);
       }
     }
   }
+  index_t top = 0;
+  for (index_t n = 1; n < task.past; ++n) top = row[n] > row[top] ? n : top;
+  float rest = 1.0f;
+  if (task.past > 0) {
+    shares_of<false>(buffers.softmax.logits(top / tile_tokens) + (top % tile_tokens) * lanes,
+                     buffers.softmax.largest(), buffers.softmax.scale(), lanes, 1, buffers.shares, nullptr);
+    rest = smoothed_rest(task, top, buffers.shares, buffers);
+  }
   states.top[task.state()] = top;
-  states.rest[task.state()] = static_cast<float>(rest);
+  states.rest[task.state()] = rest;
+}
+
+/// 1 - a of a token of the smoothed attention; `whole` is the task's. Only the top token of a linear smoother's row can
+/// hold so much that the subtraction loses digits.
+template <class Request>
+[[nodiscard]] float rest_of(const head_task<Request>& task, index_t token, float whole,
+                            const head_states& states) noexcept {
+  const index_t cell = task.state();
+  const index_t at = cell * states.tokens + token;
+  float rest = token == states.top[cell] ? states.rest[cell] : whole - states.row[at];
+  if constexpr (!needs_of<Request>::linear) rest = states.row_rest[at];
+  return std::max(rest, least_rest);
 }
 
 /// Order `after`, all query heads of a KV head at once: others = sum over past n != top of a_n v_n.

@@ -1,0 +1,239 @@
+// SPDX-License-Identifier: Apache-2.0
+// The production backend against the reference: scores, and the same kept sets wherever the reference's own margins are
+// wider than what float can resolve.
+#include "support/arranged_layer.hpp"
+#include "support/catch.hpp"
+#include "support/layer_metric.hpp"
+#include "support/selection_outcome.hpp"
+
+#include <restkv/backend/eigen/backend.hpp>
+#include <restkv/reference/backend.hpp>
+#include <restkv/runtime_parts.hpp>
+
+#include <iterator>
+
+using namespace restkv_test;
+using namespace restkv;
+
+namespace {
+
+/// A score of a user's own that reads every feature.
+struct all_features {
+  query_order order = query_order::before;
+  restkv::metric metric_of_distance = restkv::metric::identity;
+
+  static constexpr feature needs = feature::attention | feature::odds | feature::distance | feature::output_norm |
+                                   feature::value_norm | feature::key_norm;
+
+  template <std::floating_point Real>
+  [[nodiscard]] Real operator()(const token_features<Real>& token) const noexcept {
+    return token.attention * token.value_norm + token.odds * token.distance / (Real(1) + token.output_norm) +
+           Real(1e-3) * token.key_norm / (Real(1) + static_cast<Real>(token.length - token.position));
+  }
+};
+
+/// One that needs no queries.
+struct norms_only {
+  static constexpr feature needs = feature::value_norm | feature::key_norm;
+
+  template <std::floating_point Real>
+  [[nodiscard]] Real operator()(const token_features<Real>& token) const noexcept {
+    return token.value_norm / (Real(0.1) + token.key_norm);
+  }
+};
+
+/// One that is ready when the attention is.
+struct odds_only {
+  query_order order = query_order::before;
+  restkv::metric metric_of_distance = restkv::metric::identity;
+
+  static constexpr feature needs = feature::odds;
+
+  template <std::floating_point Real>
+  [[nodiscard]] Real operator()(const token_features<Real>& token) const noexcept {
+    return token.odds;
+  }
+};
+
+constexpr index_t head_dims[] = {1, 3, 16, 24, 64, 80, 128, 256};
+constexpr index_t groups[] = {1, 3, 4, 8};
+constexpr index_t windows[] = {1, 2, 7, 8, 32, 33};
+// Around multiples of the tile, 96 tokens; and 0 .. 2 stand for a window less 1, a window, and one token more.
+constexpr index_t lengths[] = {95, 96, 97, 191, 192, 193, 0, 1, 2, 40};
+constexpr group_reduce reductions[] = {group_reduce::none, group_reduce::mean, group_reduce::max, group_reduce::sum,
+                                       group_reduce::l2};
+
+template <std::size_t N, class E>
+constexpr E in_turn(const E (&list)[N], index_t turn) {
+  return list[static_cast<std::size_t>(turn) % N];
+}
+
+struct shape_case {
+  layer_sizes sizes;
+  index_t window = 0;
+  index_t turn = 0;
+
+  /// The lists have lengths without common factors, or are walked at different speeds: all pairs meet in time.
+  explicit shape_case(index_t t) : turn(t) {
+    window = in_turn(windows, t);
+    sizes.head_dim = in_turn(head_dims, t + t / 6);
+    const index_t group = in_turn(groups, t / 3);
+    const index_t length = in_turn(lengths, t + t / 10);
+    sizes.tokens = length < 3 ? std::max<index_t>(window - 1 + length, 1) : std::max(length, window + 2);
+    sizes.kv_heads = sizes.head_dim * group > 300 ? 1 : 2;
+    sizes.query_heads = sizes.kv_heads * group;
+    sizes.queries = window + t % 3;
+    sizes.sharpness = 0.5 + static_cast<double>(t % 5);
+    // Where the product with W_O would take the reference seconds, the identity is measured instead.
+    const index_t work = sizes.query_heads * window * sizes.tokens * sizes.head_dim * sizes.head_dim;
+    sizes.hidden = work > 20'000'000 || sizes.query_heads * sizes.head_dim > 800 ? 0 : sizes.head_dim + t % 4 * 5 - 3;
+    sizes.hidden = std::max<index_t>(sizes.hidden, 0);
+  }
+};
+
+any_linear_temporal temporal_of(index_t turn) {
+  switch (turn % 4) {
+    case 1: return {ema{0.3f}};
+    case 2: return {last{}};
+    case 3: return {sum{}};
+    default: return {mean{}};
+  }
+}
+
+any_spatial spatial_of(index_t turn) {
+  switch (turn % 4) {
+    case 1: return {average_pool{.width = 5}};
+    case 2: return {max_pool{.width = 7}};
+    case 3: return {adaptive_window{.min_width = 3, .scale = 7.0f}};
+    default: return {no_pool{}};
+  }
+}
+
+/// What the comparison saw, so that a test can tell that it was not about nothing.
+struct tally {
+  index_t heads = 0;
+  index_t evicting = 0;
+  index_t same_sets = 0;
+  index_t other_windows = 0;  ///< drifts on the two sides of a step of the adaptive window
+  double worst = 0;           ///< difference of scores, in parts of the row's largest
+};
+
+/// Float's part of a row's largest score: every difference above it must show in the kept set.
+constexpr double resolution = 2e-5;
+
+template <class Policy, class T>
+void check_agreement(const Policy& policy, const layer_view<T>& layer, tally& count) {
+  reference_backend reference;
+  eigen_backend eigen;
+  const auto exact = select_tokens(reference, policy, layer);
+  const auto fast = select_tokens(eigen, policy, layer);
+  const auto pruned = select_tokens(eigen, policy, layer, false);
+  INFO(exact.result.message() << fast.result.message() << pruned.result.message());
+  REQUIRE(exact.result.ok());
+  REQUIRE(fast.result.ok());
+  REQUIRE(pruned.result.ok());
+  CHECK(pruned.kept == fast.kept);  // pruning is not allowed to be seen
+  for (index_t h = 0; h < exact.heads; ++h) {
+    CAPTURE(h);
+    const auto row = static_cast<std::size_t>(h);
+    ++count.heads;
+    const auto& wanted = exact.kept_of(0, h);
+    const auto& got = fast.kept_of(0, h);
+    REQUIRE(got.size() == wanted.size());
+    count.evicting += static_cast<index_t>(wanted.size()) < exact.tokens ? 1 : 0;
+    count.same_sets += got == wanted ? 1 : 0;
+    double largest = 0;
+    double largest_smoothed = 0;
+    double error = 0;
+    for (std::size_t n = 0; n < static_cast<std::size_t>(exact.tokens); ++n) {
+      const double score = exact.scores_of(0, h)[n];
+      if (std::isnan(score) && std::isnan(fast.scores_of(0, h)[n])) continue;  // a window token
+      largest = std::max(largest, score);
+      largest_smoothed = std::max(largest_smoothed, exact.smoothed_of(0, h)[n]);
+      const double difference = std::fabs(score - double{fast.scores_of(0, h)[n]});
+      error = difference <= error ? error : difference;
+    }
+    CHECK(error <= resolution * largest);
+    count.worst = std::max(count.worst, largest > 0 ? error / largest : 0.0);
+    if (const auto* adaptive = std::get_if<adaptive_window>(&policy.spatial.choice)) {
+      const double a = exact.drift[row];
+      const double b = fast.drift[row];
+      if (adaptive->width(a) != adaptive->width(b) || adaptive->shift(a) != adaptive->shift(b)) {
+        ++count.other_windows;
+        continue;
+      }
+    }
+    // The lowest score that only the reference keeps, the highest that only the other keeps.
+    double lost = 0;
+    double won = std::numeric_limits<double>::infinity();
+    std::vector<position_t> differing;
+    std::set_difference(wanted.begin(), wanted.end(), got.begin(), got.end(), std::back_inserter(differing));
+    for (const position_t n : differing) lost = std::max(lost, exact.smoothed_of(0, h)[static_cast<std::size_t>(n)]);
+    differing.clear();
+    std::set_difference(got.begin(), got.end(), wanted.begin(), wanted.end(), std::back_inserter(differing));
+    for (const position_t n : differing) won = std::min(won, exact.smoothed_of(0, h)[static_cast<std::size_t>(n)]);
+    CHECK((got == wanted || lost - won <= 2 * resolution * largest_smoothed));
+  }
+}
+
+/// Walks the shapes with one kind of score and temporal smoother.
+template <class Score, class TemporalOf>
+tally walk(index_t first, index_t cases, const Score& score, const TemporalOf& temporal) {
+  tally count;
+  for (index_t turn = first; turn < first + cases; ++turn) {
+    const shape_case shape(turn);
+    arranged_layer<float> layer(shape.sizes, static_cast<unsigned>(turn + 100));
+    output_metric metric;
+    if (shape.sizes.hidden > 0) metric = attach_metric(layer);
+    using policy_t = eviction_policy<Score, decltype(temporal(turn)), any_spatial, any_budget>;
+    policy_t policy{.score = score,
+                    .window = shape.window,
+                    .temporal = temporal(turn),
+                    .spatial = spatial_of(turn / 2),
+                    .group = in_turn(reductions, turn + turn / 5),
+                    .budget = {uniform{shape.window + 3 + (shape.sizes.tokens - shape.window) * (turn % 7) / 8}},
+                    .protect = {.sink = turn % 3, .recent = 0}};
+    if constexpr (requires { policy.score.order; }) {
+      policy.score.order = turn % 2 == 0 ? query_order::before : query_order::after;
+      policy.score.metric_of_distance = shape.sizes.hidden > 0 ? restkv::metric::projection : restkv::metric::identity;
+    }
+    CAPTURE(turn, shape.window, shape.sizes.head_dim, shape.sizes.query_heads, shape.sizes.kv_heads,
+            shape.sizes.tokens, shape.sizes.hidden, int(policy.group), policy.spatial.choice.index());
+    check_agreement(policy, layer.view(), count);
+  }
+  return count;
+}
+
+void check_tally(const tally& count) {
+  CAPTURE(count.heads, count.evicting, count.same_sets, count.other_windows, count.worst);
+  CHECK(count.evicting > count.heads / 2);
+  CHECK(count.same_sets > count.heads * 9 / 10);
+  CHECK(count.other_windows <= count.heads / 50);
+}
+
+const auto largest_of_window = [](index_t) { return maximum{}; };
+
+}  // namespace
+
+TEST_CASE("rest_kv keeps the same tokens on both backends: linear temporal smoothers") {
+  check_tally(walk(0, 160, rest_kv{}, temporal_of));
+}
+
+TEST_CASE("rest_kv keeps the same tokens on both backends: the largest of the window") {
+  check_tally(walk(1000, 40, rest_kv{}, largest_of_window));
+}
+
+TEST_CASE("snap_kv keeps the same tokens on both backends") { check_tally(walk(2000, 60, snap_kv{}, temporal_of)); }
+
+TEST_CASE("a user's score that reads every feature keeps the same tokens on both backends") {
+  check_tally(walk(3000, 60, all_features{}, temporal_of));
+}
+
+TEST_CASE("a user's score of odds alone keeps the same tokens on both backends") {
+  check_tally(walk(5000, 40, odds_only{}, temporal_of));
+  check_tally(walk(6000, 40, odds_only{}, largest_of_window));
+}
+
+TEST_CASE("a user's score that needs no queries keeps the same tokens on both backends") {
+  check_tally(walk(4000, 40, norms_only{}, [](index_t) { return any_linear_temporal{}; }));
+}
