@@ -31,6 +31,26 @@ struct selection_details {
   tensor_view<Real, 3> score{};     ///< before spatial smoothing, [batch, heads, tokens]; defined below `past`
   tensor_view<Real, 3> smoothed{};  ///< after it, [batch, heads, tokens]
   tensor_view<double, 2> drift{};   ///< [batch, heads]; 0 unless the spatial smoother needs it
+
+  /// That every member has room for `rows` heads of `tokens` tokens in each of `batch` sequences.
+  [[nodiscard]] status check(index_t batch, index_t rows, index_t tokens) const noexcept {
+    const auto check_room = [](const char* name, const auto& member, const auto& wanted) -> status {
+      for (std::size_t axis = 0; axis < wanted.size(); ++axis) {
+        if (member.extent(axis) < wanted[axis] || (member.data == nullptr && wanted[axis] > 0)) {
+          return status::error(errc::shape_mismatch, "details.%s has room for %lld %s, %lld are needed", name,
+                               static_cast<long long>(member.data == nullptr ? 0 : member.extent(axis)),
+                               axis == 0   ? "sequences"
+                               : axis == 1 ? "heads"
+                                           : "tokens",
+                               static_cast<long long>(wanted[axis]));
+        }
+      }
+      return {};
+    };
+    RESTKV_RETURN_IF_FAILED(check_room("score", score, std::array{batch, rows, tokens}));
+    RESTKV_RETURN_IF_FAILED(check_room("smoothed", smoothed, std::array{batch, rows, tokens}));
+    return check_room("drift", drift, std::array{batch, rows});
+  }
 };
 
 namespace detail {
@@ -85,6 +105,11 @@ template <tensor_backend Backend, class Policy>
     return status::error(errc::shape_mismatch,
                          "query has %lld heads, key has %lld: query heads must be a multiple of kv heads",
                          ll(shape.query_heads), ll(shape.kv_heads));
+  }
+  constexpr index_t most_heads = index_t(1) << 16;
+  if (shape.query_heads > most_heads) {
+    return status::error(errc::invalid_argument, "query has %lld heads, at most %lld are possible",
+                         ll(shape.query_heads), ll(most_heads));
   }
   if (shape.head_dim < 1 || shape.head_dim > 4096) {
     return status::error(errc::invalid_argument, "head_dim is %lld, must be within [1, 4096]", ll(shape.head_dim));

@@ -297,9 +297,9 @@ class selection_run {
 /// Sequences that fit their budget keep everything. Kept positions ascend; ties go to the smaller position; NaN scores
 /// are chosen last. Allocates nothing. Nothing is written to `kept` on failure.
 ///
-/// Errors: a layer that does not fit the plan; a workspace smaller than planned; a mask that protects more tokens than
-/// the budget holds. Throws only what the backend throws: nothing with `eigen_backend`, std::bad_alloc with the
-/// reference.
+/// Errors: a layer that does not fit the plan; a workspace smaller than planned; details without room; a mask that
+/// protects more tokens than the budget holds; an allocator that gives a head more than it said. Throws only what the
+/// backend throws: nothing with `eigen_backend`, std::bad_alloc with the reference.
 template <tensor_backend Backend, class Policy, element T>
 [[nodiscard]] status select(Backend& backend, const plan<Policy>& plan, const layer_view<T>& layer, workspace space,
                             kept_tokens& kept,
@@ -308,6 +308,9 @@ template <tensor_backend Backend, class Policy, element T>
   const auto request = make_score_request(plan.policy, plan.shape);
   RESTKV_RETURN_IF_FAILED(check_layer(layer, plan.shape, request.window, needs_window<score_t>(),
                                       needs_values<score_t>(), needs_metric(plan.policy.score)));
+  if (details != nullptr) {
+    RESTKV_RETURN_IF_FAILED(details->check(plan.shape.batch, plan.heads, layer.key.extent(2)));
+  }
   detail::selection_memory<Backend, Policy> memory(backend, plan, space);
   typename Backend::template scratch<score_request_of<Policy>> scratch(backend, request, space);
   RESTKV_RETURN_IF_FAILED(space.check());

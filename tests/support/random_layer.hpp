@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Random attention layers of every kind of memory, padding and mask. Link with layer_metric.cpp; needs no test framework.
+// Random attention layers of every kind of memory, padding and mask. Link with layer_metric.cpp; needs no test library.
 #pragma once
 
 #include "support/guarded_tensor.hpp"
