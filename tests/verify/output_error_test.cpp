@@ -28,6 +28,17 @@ struct three_threads : reference_backend {
   }
 };
 
+template <class T>
+void copy(const tensor_view<T, 4>& to, const tensor_view<const half, 4>& from) {
+  for (index_t b = 0; b < to.extent(0); ++b) {
+    for (index_t h = 0; h < to.extent(1); ++h) {
+      for (index_t n = 0; n < to.extent(2); ++n) {
+        for (index_t c = 0; c < to.extent(3); ++c) to(b, h, n, c) = static_cast<T>(from(b, h, n, c));
+      }
+    }
+  }
+}
+
 /// G[h] = W[h]^T W[h].
 std::vector<double> gram_of(const arranged_layer<float>& layer) {
   const index_t d = layer.sizes.head_dim;
@@ -194,35 +205,33 @@ TEST_CASE("strides, chunks, threads and element types change no bit") {
     CAPTURE(static_cast<int>(order));
     check_same(output_error(backend, kept, arranged_layer<half>(sizes, 9, order).view()));
   }
-  std::vector<tensor_view<const half, 4>> keys;
-  std::vector<tensor_view<const half, 4>> values;
-  for (const auto& [begin, count] : {std::pair<index_t, index_t>{0, 1}, {1, 0}, {1, 40}, {41, 29}}) {
-    keys.push_back(tensor_view<const half, 4>(plain.key).slice(2, begin, count));
-  }
-  for (const auto& [begin, count] : {std::pair<index_t, index_t>{0, 33}, {33, 37}}) {
-    values.push_back(tensor_view<const half, 4>(plain.value).slice(2, begin, count));
-  }
+  // Chunks in memory of their own, an empty one among them.
+  const auto cut = [](const tensor_view<const half, 4>& cache, const std::vector<index_t>& counts) {
+    std::pair<std::vector<std::vector<half>>, std::vector<tensor_view<const half, 4>>> pieces;
+    index_t begin = 0;
+    for (const index_t count : counts) {
+      std::vector<half>& memory = pieces.first.emplace_back(static_cast<std::size_t>(2 * 2 * count * 24 + 1));
+      const tensor_view<half, 4> piece(memory.data(), {2, 2, count, 24});
+      copy(piece, cache.slice(2, begin, count));
+      pieces.second.push_back(piece);
+      begin += count;
+    }
+    return pieces;
+  };
+  const auto keys = cut(plain.key, {1, 0, 40, 29});
+  const auto values = cut(plain.value, {33, 37});
   layer_view<half> chunked = plain.view();
-  chunked.key = {keys.data(), 4};
-  chunked.value = {values.data(), 2};
+  chunked.key = {keys.second.data(), 4};
+  chunked.value = {values.second.data(), 2};
   check_same(output_error(backend, kept, chunked));
   three_threads threads;
   check_same(output_error(threads, kept, plain.view()));
 
   // Half and float hold the same numbers here, so only their widening could differ.
   arranged_layer<float> wide(sizes, 9);
-  const auto copy = [](const tensor_view<float, 4>& to, const tensor_view<half, 4>& from) {
-    for (index_t b = 0; b < to.extent(0); ++b) {
-      for (index_t h = 0; h < to.extent(1); ++h) {
-        for (index_t n = 0; n < to.extent(2); ++n) {
-          for (index_t c = 0; c < to.extent(3); ++c) to(b, h, n, c) = static_cast<float>(from(b, h, n, c));
-        }
-      }
-    }
-  };
-  copy(wide.query, plain.query);
-  copy(wide.key, plain.key);
-  copy(wide.value, plain.value);
+  copy(wide.query, tensor_view<const half, 4>(plain.query));
+  copy(wide.key, tensor_view<const half, 4>(plain.key));
+  copy(wide.value, tensor_view<const half, 4>(plain.value));
   for (std::size_t i = 0; i < wide.projection.size(); ++i) wide.projection[i] = static_cast<float>(plain.projection[i]);
   check_same(output_error(backend, kept, wide.view()));
 }
