@@ -34,6 +34,7 @@ struct selection_details {
 
   /// That every member has room for `rows` heads of `tokens` tokens in each of `batch` sequences.
   [[nodiscard]] status check(index_t batch, index_t rows, index_t tokens) const noexcept {
+    if (batch == 0 || rows == 0) return {};
     const auto check_room = [](const char* name, const auto& member, const auto& wanted) -> status {
       for (std::size_t axis = 0; axis < wanted.size(); ++axis) {
         if (member.extent(axis) < wanted[axis] || (member.data == nullptr && wanted[axis] > 0)) {
