@@ -71,7 +71,8 @@ TEST_CASE("every number equals deleting tokens and attending again in long doubl
   const auto [sizes, kept_heads, percent] = GENERATE(
       problem{{.batch = 2, .tokens = 40, .queries = 19, .hidden = 24}, 2, 40},                    // KV heads, two blocks
       problem{{.head_dim = 5, .tokens = 37, .queries = 4, .hidden = 9}, 4, 30},                   // query heads
-      problem{{.query_heads = 3, .kv_heads = 1, .head_dim = 33, .tokens = 66, .queries = 2}, 1, 10},   // no W_O
+      problem{{.query_heads = 3, .kv_heads = 1, .head_dim = 33, .tokens = 66, .queries = 2}, 1, 10},  // no W_O
+      problem{{.query_heads = 2, .kv_heads = 1, .head_dim = 70, .tokens = 35, .queries = 2, .hidden = 11}, 1, 60},
       problem{{.query_heads = 2, .kv_heads = 2, .tokens = 33, .queries = 3, .hidden = 4, .sharpness = 30}, 2, 50},
       problem{{.tokens = 1, .queries = 1, .hidden = 8}, 2, 0});
   CAPTURE(sizes.batch, sizes.query_heads, sizes.head_dim, sizes.tokens, kept_heads, percent);
