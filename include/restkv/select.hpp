@@ -252,14 +252,10 @@ class selection_run {
 
   /// The `counts` best candidates of each row and the protected tokens, ascending.
   [[nodiscard]] status choose() const {
-    std::atomic<index_t> overfull{-1};
+    RESTKV_RETURN_IF_FAILED(check_counts());
     backend_.parallel_for(rows(), [&](index_t row) {
       const sequence_problem problem = problem_of(row / plan_.heads);
       const index_t count = memory_.counts[row];
-      if (count < 0 || problem.budget.protected_tokens() + count > plan_.capacity) {
-        overfull = row;
-        return;
-      }
       const key_t* const keys = key_row(row);
       position_t* const positions = memory_.positions.data + row * plan_.capacity;
       const auto pivot = find_pivot<key_t>(
@@ -273,10 +269,23 @@ class selection_run {
       }
       memory_.lengths.data[row] = static_cast<position_t>(written);
     });
-    if (const index_t row = overfull; row >= 0) {
-      return status::error(errc::invalid_argument, "the budget allocator gave head %lld %lld tokens, at most %lld fit",
-                           static_cast<long long>(row % plan_.heads), static_cast<long long>(memory_.counts[row]),
-                           static_cast<long long>(plan_.capacity));
+    return {};
+  }
+
+  /// Fails where an allocator breaks its promises: what it gave may pass the end of a row.
+  [[nodiscard]] status check_counts() const {
+    for (index_t b = 0; b < batch(); ++b) {
+      const budget_problem problem = problem_of(b).budget;
+      const index_t most = std::min(problem.candidates, plan_.capacity - problem.protected_tokens());
+      for (index_t h = 0; h < plan_.heads; ++h) {
+        const index_t count = memory_.counts[b * plan_.heads + h];
+        if (count >= 0 && count <= most) continue;
+        return status::error(errc::invalid_argument,
+                             "the budget allocator gave head %lld of sequence %lld %lld tokens to choose, at most %lld "
+                             "are left",
+                             static_cast<long long>(h), static_cast<long long>(b), static_cast<long long>(count),
+                             static_cast<long long>(most));
+      }
     }
     return {};
   }
