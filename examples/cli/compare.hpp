@@ -50,7 +50,7 @@ struct comparison_request {
   int threads = 1;
 };
 
-struct comparison {
+struct policy_comparison {
   std::vector<policy_facts> policies;
   std::vector<std::vector<comparison_cell>> cells;  ///< [policies][budgets]
 };
@@ -63,10 +63,10 @@ using comparison_progress = std::function<void(const std::string&)>;
 
 /// Runs the comparison on eigen_backend. A policy that cannot run at a budget leaves a `problem` in its cell. Throws
 /// input_error for a policy that does not exist.
-[[nodiscard]] comparison compare_with_eigen(const trace_file& trace, const comparison_request& request,
-                                            const comparison_progress& progress);
+[[nodiscard]] policy_comparison compare_with_eigen(const trace_file& trace, const comparison_request& request,
+                                                   const comparison_progress& progress);
 /// The same on reference_backend: in double, on one thread, slow.
-[[nodiscard]] comparison compare_with_reference(const trace_file& trace, const comparison_request& request,
-                                                const comparison_progress& progress);
+[[nodiscard]] policy_comparison compare_with_reference(const trace_file& trace, const comparison_request& request,
+                                                       const comparison_progress& progress);
 
 }  // namespace restkv::cli

@@ -16,7 +16,6 @@
 #include <filesystem>
 #include <limits>
 #include <memory>
-#include <thread>
 
 namespace restkv::cli {
 namespace {
@@ -28,11 +27,7 @@ struct compare_options {
   std::string report;
   bool per_layer = false;
   bool list_policies = false;
-  comparison_request request{.policies = {},
-                             .budgets = {64, 128, 256, 512},
-                             .seed = 0,
-                             .seeds = 3,
-                             .threads = static_cast<int>(std::clamp(std::thread::hardware_concurrency(), 1u, 256u))};
+  comparison_request request{.policies = {}, .budgets = {64, 128, 256, 512}, .seed = 0, .seeds = 3};
 };
 
 void list_policies(const invocation& run) {
@@ -65,8 +60,8 @@ void check_policies(const std::vector<std::string>& wanted) {
 }
 
 /// Runs it behind a progress line.
-comparison compare(const invocation& run, const std::string& backend, const trace_file& trace,
-                   const comparison_request& request) {
+policy_comparison compare(const invocation& run, const std::string& backend, const trace_file& trace,
+                          const comparison_request& request) {
   const std::size_t policies = request.policies.empty() ? known_policies().size() : request.policies.size();
   progress_line line(run, "comparing", policies * request.budgets.size() * trace.layers().size());
   const auto progress = [&](const std::string& done) { line.advance(done); };
@@ -75,7 +70,7 @@ comparison compare(const invocation& run, const std::string& backend, const trac
 }
 
 /// Nothing could run at all: that is an error of the input, not a result.
-void check_any_figures(const comparison& result, const std::string& path) {
+void check_any_figures(const policy_comparison& result, const std::string& path) {
   const std::string* problem = nullptr;
   for (const auto& row : result.cells) {
     for (const comparison_cell& cell : row) {
@@ -103,7 +98,7 @@ void run_compare(invocation& run, compare_options options) {
   request.budgets.erase(std::unique(request.budgets.begin(), request.budgets.end()), request.budgets.end());
 
   const trace_file trace(options.trace, options.layers);
-  const comparison result = compare(run, options.backend, trace, request);
+  const policy_comparison result = compare(run, options.backend, trace, request);
   check_any_figures(result, options.trace);
 
   const comparison_view view{options.trace, trace, request, result};
@@ -138,9 +133,7 @@ void add_compare_command(CLI::App& app, invocation& run) {
   command.add_option("--backend", options->backend, "eigen, or reference: plain loops in double, slow")
       ->check(CLI::IsMember({"eigen", "reference"}))
       ->capture_default_str();
-  command.add_option("--threads", request.threads, "Threads of the eigen backend")
-      ->check(CLI::Range(1, 256))
-      ->capture_default_str();
+  add_threads_option(command, request.threads);
   command.add_option("--seed", request.seed, "First seed of the random policies")->capture_default_str();
   command.add_option("--seeds", request.seeds, "Seeds over which the random policies are averaged")
       ->check(CLI::Range(1, 1000))

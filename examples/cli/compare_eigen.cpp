@@ -11,8 +11,8 @@ std::vector<policy_facts> known_policies() {
   return facts;
 }
 
-comparison compare_with_eigen(const trace_file& trace, const comparison_request& request,
-                              const comparison_progress& progress) {
+policy_comparison compare_with_eigen(const trace_file& trace, const comparison_request& request,
+                                     const comparison_progress& progress) {
   eigen_backend backend(request.threads);
   return run_comparison(backend, trace, request, progress);
 }

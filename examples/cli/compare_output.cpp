@@ -24,7 +24,7 @@ index_t full_bytes(const trace_file& trace) {
 }
 
 /// The mean error of the baseline at a budget; nothing where it is not compared or could not run.
-std::optional<double> baseline_error(const comparison& result, std::size_t budget) {
+std::optional<double> baseline_error(const policy_comparison& result, std::size_t budget) {
   for (std::size_t p = 0; p < result.policies.size(); ++p) {
     const comparison_cell& cell = result.cells[p][budget];
     if (result.policies[p].name == baseline && cell.problem.empty()) return cell.mean;
@@ -33,7 +33,7 @@ std::optional<double> baseline_error(const comparison& result, std::size_t budge
 }
 
 /// The cell's mean error as a multiple of the baseline's; nothing where that is missing or 0.
-std::optional<double> ratio(const comparison& result, const comparison_cell& cell, std::size_t budget) {
+std::optional<double> ratio(const policy_comparison& result, const comparison_cell& cell, std::size_t budget) {
   const std::optional<double> base = baseline_error(result, budget);
   if (!base || *base <= 0 || !cell.problem.empty()) return {};
   return cell.mean / *base;
@@ -42,7 +42,7 @@ std::optional<double> ratio(const comparison& result, const comparison_cell& cel
 std::vector<std::string> notes(const comparison_view& view) {
   const problem_shape& shape = view.trace.shape();
   std::vector<std::string> texts{
-      "error: the norm of the change of the layer's outputs over the future queries, relative to the norm of the "
+      "Error: the norm of the change of the layer's outputs over the future queries, relative to the norm of the "
       "outputs; mean of the layers. Worst query: the largest of the single queries' relative errors, of all layers.",
       fmt::format("Budgets are tokens for each of the {} query heads, window included; a policy with one kept set per "
                   "KV head keeps {} times as many in each, which takes the same bytes.",
@@ -77,13 +77,13 @@ std::string table_text(const comparison_view& view, const std::string& title, co
 }  // namespace
 
 std::string comparison_text(const comparison_view& view, bool per_layer) {
-  const comparison& result = view.result;
+  const policy_comparison& result = view.result;
   const problem_shape& shape = view.trace.shape();
   std::vector<index_t> layers;
   for (const trace_layer& layer : view.trace.layers()) layers.push_back(layer.index);
-  std::string text = fmt::format(
-      "{}: {} tokens, {} future queries, layers {}; full cache {}\n\n", one_line(view.path), shape.tokens,
-      view.trace.future(), fmt::join(layers, ", "), bytes_text(static_cast<std::size_t>(full_bytes(view.trace))));
+  std::string text = fmt::format("{}: {} tokens, {} future queries, layers {}; full cache {}\n\n", one_line(view.path),
+                                 shape.tokens, view.trace.future(), fmt::join(layers, ", "),
+                                 bytes_text(static_cast<std::size_t>(full_bytes(view.trace))));
   text += table_text(view, fmt::format("error (as a multiple of {})", baseline),
                      [&](const comparison_cell& cell, std::size_t b) {
                        const std::optional<double> of_baseline = ratio(result, cell, b);
@@ -113,7 +113,7 @@ std::string comparison_text(const comparison_view& view, bool per_layer) {
 
 nlohmann::json comparison_json(const comparison_view& view, bool with_kept) {
   using nlohmann::json;
-  const comparison& result = view.result;
+  const policy_comparison& result = view.result;
   const problem_shape& shape = view.trace.shape();
   json metadata = json::object();
   for (const auto& [key, text] : view.trace.metadata()) metadata[key] = text;

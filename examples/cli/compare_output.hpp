@@ -14,7 +14,7 @@ struct comparison_view {
   const std::string& path;
   const trace_file& trace;
   const comparison_request& request;
-  const comparison& result;
+  const policy_comparison& result;
 };
 
 /// The tables for people: the error of each policy at each budget, its worst query, and both of the released method;

@@ -34,16 +34,18 @@ template <class Backend, class Make>
 [[nodiscard]] compared_policy<Backend> compare_as(std::string name, std::string description, Make make,
                                                   bool seeded = false) {
   const auto example = make(policy_settings{});
-  return {{.name = std::move(name),
-           .description = std::move(description),
-           .per_query_head = example.group == group_reduce::none,
-           .seeded = seeded,
-           .sinks = example.protect.sink,
-           .recent = example.recent()},
-          [make](Backend& backend, const policy_settings& settings, const layer_view<float>& layer, index_t index,
-                 index_t layers, owned_selection& out) {
-            return out.run(backend, make(settings), layer, index, layers);
-          }};
+  compared_policy<Backend> policy;
+  policy.facts = {.name = std::move(name),
+                  .description = std::move(description),
+                  .per_query_head = example.group == group_reduce::none,
+                  .seeded = seeded,
+                  .sinks = example.protect.sink,
+                  .recent = example.recent()};
+  policy.select = [make](Backend& backend, const policy_settings& settings, const layer_view<float>& layer,
+                         index_t index, index_t layers, owned_selection& out) {
+    return out.run(backend, make(settings), layer, index, layers);
+  };
+  return policy;
 }
 
 /// A policy with a group reduction of its own.
@@ -68,7 +70,7 @@ template <class Backend>
   return {
       row("full_cache", "Nothing is evicted.",
           [](const settings&) { return presets::streaming_llm(std::numeric_limits<position_t>::max()); }),
-      row("standard", "The library's default: ReST-KV's score, joint over the group, pooled over 5 tokens, Ada-KV budgets.",
+      row("standard", "The library's default: ReST-KV's score, joint over the group, pool 5, Ada-KV budgets.",
           [](const settings& s) { return presets::standard(s.budget); }),
       row("lowest_error", "The same without pooling.",
           [](const settings& s) { return presets::lowest_error(s.budget); }),
@@ -76,7 +78,8 @@ template <class Backend>
           [](const settings& s) { return presets::rest_kv_released(s.budget); }),
       row("rest_kv_paper", "ReST-KV as the paper describes it.",
           [](const settings& s) { return presets::rest_kv_paper(s.budget); }),
-      row("rest_kv_paper_no_pool", "ReST-KV as the paper describes it, without spatial smoothing.", paper_without_pooling),
+      row("rest_kv_paper_no_pool", "ReST-KV as the paper describes it, without spatial smoothing.",
+          paper_without_pooling),
       row("rest_kv_released_kv_heads", "The release's score, its mean over the query heads of a KV head.",
           [](const settings& s) { return grouped_by(presets::rest_kv_released(s.budget), group_reduce::mean); }),
       row("snap_kv_query_heads", "SnapKV as published: one kept set per query head.",

@@ -5,8 +5,8 @@
 
 namespace restkv::cli {
 
-comparison compare_with_reference(const trace_file& trace, const comparison_request& request,
-                                  const comparison_progress& progress) {
+policy_comparison compare_with_reference(const trace_file& trace, const comparison_request& request,
+                                         const comparison_progress& progress) {
   reference_backend backend;
   return run_comparison(backend, trace, request, progress);
 }

@@ -35,8 +35,8 @@ namespace restkv::cli {
 
 /// One policy at one budget on one layer, over all its seeds. Adds to the cell, or says in it why not.
 template <class Backend>
-void compare_layer(Backend& backend, const compared_policy<Backend>& policy, const trace_file& trace,
-                   std::size_t index, const comparison_request& request, index_t budget, comparison_cell& cell) {
+void compare_layer(Backend& backend, const compared_policy<Backend>& policy, const trace_file& trace, std::size_t index,
+                   const comparison_request& request, index_t budget, comparison_cell& cell) {
   const trace_layer& layer = trace.layers()[index];
   // The same bytes: a kept set per KV head may hold what the sets of its query heads hold together.
   const index_t heads_per_set = policy.facts.per_query_head ? 1 : trace.shape().group();
@@ -67,15 +67,15 @@ void compare_layer(Backend& backend, const compared_policy<Backend>& policy, con
 }
 
 template <class Backend>
-[[nodiscard]] comparison run_comparison(Backend& backend, const trace_file& trace, const comparison_request& request,
-                                        const comparison_progress& progress) {
+[[nodiscard]] policy_comparison run_comparison(Backend& backend, const trace_file& trace,
+                                               const comparison_request& request, const comparison_progress& progress) {
   std::vector<compared_policy<Backend>> table = policy_table<Backend>();
   const auto& wanted = request.policies;
   const auto is_wanted = [&](const compared_policy<Backend>& policy) {
     return wanted.empty() || std::find(wanted.begin(), wanted.end(), policy.facts.name) != wanted.end();
   };
   std::erase_if(table, [&](const auto& policy) { return !is_wanted(policy); });
-  comparison result;
+  policy_comparison result;
   for (const auto& policy : table) {
     result.policies.push_back(policy.facts);
     auto& row = result.cells.emplace_back(request.budgets.size());

@@ -62,8 +62,8 @@ class trace_reader {
   void expect_some(const std::string& name, const tensor_view<const float, 4>& view) const {
     for (const auto& [axis, what] : {std::pair{1u, "heads"}, std::pair{2u, "tokens"}, std::pair{3u, "channels"}}) {
       if (view.extent(axis) > 0) continue;
-      throw input_error(fmt::format("{}: tensor {} has {} {}, at least 1 is needed", path_, name, view.extent(axis),
-                                    what));
+      throw input_error(
+          fmt::format("{}: tensor {} has {} {}, at least 1 is needed", path_, name, view.extent(axis), what));
     }
   }
 
@@ -102,6 +102,10 @@ void read_layer(const trace_reader& reader, trace_layer& layer) {
   const index_t query_heads = layer.query.view.extent(1);
   const index_t kv_heads = layer.key.view.extent(1);
   const index_t head_dim = layer.query.view.extent(3);
+  constexpr index_t most_channels = 1024;  // far above what models have; the metric of W_O takes its cube
+  if (head_dim > most_channels) {
+    reader.fail(fmt::format("tensor {} has {} channels, at most {} are read", q, head_dim, most_channels));
+  }
   if (query_heads % kv_heads != 0) {
     reader.fail(fmt::format("tensor {} has {} heads, {} has {}: a multiple is needed", q, query_heads, k, kv_heads));
   }
@@ -137,11 +141,7 @@ void read_layer(const trace_reader& reader, trace_layer& layer) {
 }  // namespace
 
 layer_view<float> trace_layer::prompt() const {
-  return {.query = query.view,
-          .key = key.view,
-          .value = value.view,
-          .projection = projection,
-          .metric = metric.view()};
+  return {.query = query.view, .key = key.view, .value = value.view, .projection = projection, .metric = metric.view()};
 }
 
 trace_file::trace_file(const std::string& path, const std::vector<index_t>& wanted) {

@@ -8,14 +8,15 @@
 
   // ---- texts -----------------------------------------------------------------------------------------------------
 
-  const element = (tag, text, properties = {}) => Object.assign(document.createElement(tag), {textContent: text}, properties);
+  const element = (tag, text, properties = {}) =>
+    Object.assign(document.createElement(tag), {textContent: text}, properties);
   const digits = (value) => (value === null || value === undefined ? '–' : value === 0 ? '0' : value.toPrecision(3));
   const times = (value) => (value === null || value === undefined ? '–' : value.toFixed(2) + ' ×');
   const bytes_text = (bytes) => {
     const units = ['B', 'KiB', 'MiB', 'GiB', 'TiB'];
     let unit = 0;
     for (; bytes >= 1024 && unit + 1 < units.length; ++unit) bytes /= 1024;
-    return (unit === 0 ? bytes : bytes.toFixed(bytes < 10 ? 2 : 1)) + ' ' + units[unit];
+    return (bytes < 1000 ? Number(bytes.toPrecision(3)) : Math.round(bytes)) + ' ' + units[unit];
   };
   const variable = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
 
@@ -52,8 +53,8 @@
     second.append(element('th', 'policy'));
     for (const budget of data.budgets) {
       top.append(element('th', String(budget), {colSpan: 4, className: 'begin'}));
-      second.append(element('th', 'bytes', {className: 'begin'}), element('th', 'mean'), element('th', 'worst'),
-        element('th', 'of ' + data.baseline));
+      second.append(element('th', 'bytes', {className: 'begin'}), element('th', 'error'), element('th', 'worst'),
+        element('th', 'ratio'));
     }
     head.append(top, second);
     const body = element('tbody', '');
@@ -70,7 +71,8 @@
       body.append(row);
     }
     table.append(head, body);
-    document.getElementById('table-note').textContent = data.notes.join(' ');
+    document.getElementById('table-note').textContent =
+      [...data.notes, `Ratio: the error as a multiple of that of ${data.baseline}.`].join(' ');
     const problems = document.getElementById('problems');
     for (const result of data.results) {
       if (result.error) problems.append(element('li', `${result.policy} at ${result.budget}: ${result.error}`));
@@ -96,10 +98,13 @@
   // ---- error against bytes ---------------------------------------------------------------------------------------
 
   // One colour a family, so that a policy at query heads and the same at KV heads are seen to belong together.
-  const light_colours = ['#0b63b0', '#1a8a3a', '#d1480f', '#7a3e9d', '#b8860b', '#00838f', '#c2185b', '#6d7680', '#5d4037', '#33691e'];
-  const dark_colours = ['#6cb2f2', '#5fd07e', '#ff8a5c', '#c39be0', '#e6c34a', '#4dd0e1', '#f48fb1', '#a7b1bb', '#bcaaa4', '#aed581'];
+  const light_colours = ['#0b63b0', '#1a8a3a', '#d1480f', '#7a3e9d', '#b8860b', '#00838f', '#c2185b', '#6d7680',
+    '#5d4037', '#33691e'];
+  const dark_colours = ['#6cb2f2', '#5fd07e', '#ff8a5c', '#c39be0', '#e6c34a', '#4dd0e1', '#f48fb1', '#a7b1bb',
+    '#bcaaa4', '#aed581'];
   const family = (name) => name.replace(/_(query|kv)_heads$/, '');
-  const families = [...new Set(data.policies.map((policy) => family(policy.name)))].filter((name) => name !== 'full_cache');
+  const drawn = data.policies.filter((policy) => policy.name !== 'full_cache');  // whose error 0 has no logarithm
+  const families = [...new Set(drawn.map((policy) => family(policy.name)))];
   const colour_of = (name) => {
     const colours = matchMedia('(prefers-color-scheme: dark)').matches ? dark_colours : light_colours;
     return colours[families.indexOf(family(name)) % colours.length];
@@ -107,9 +112,9 @@
 
   const error_controls = document.getElementById('error-controls');
   const redraw_error = () => draw_error();
-  const error_figure = add_select(error_controls, 'error', [['mean', 'mean over the queries'], ['worst', 'worst query']],
-    'mean', redraw_error);
-  const error_layer = add_select(error_controls, 'of', [['all', 'all layers'], ...layer_options], 'all', redraw_error);
+  const error_figure = add_select(error_controls, 'error',
+    [['mean', 'over all queries'], ['worst', 'of the worst query']], 'mean', redraw_error);
+  const error_layer = add_select(error_controls, 'in', [['all', 'all layers'], ...layer_options], 'all', redraw_error);
   let error_chart = null;
   const hidden = new Set();
 
@@ -137,36 +142,45 @@
 
   const draw_error = () => {
     if (!plots) return;
-    const datasets = data.policies.filter((policy) => policy.name !== 'full_cache').map(error_dataset);
+    const datasets = drawn.map(error_dataset);
     const errors = datasets.flatMap((set) => set.data.map((point) => point.y));
     // The full cache has error 0, which is nowhere on the axis: its bytes are a line.
     if (by_name.has('full_cache') && errors.length > 0) {
       datasets.push({
         label: 'full cache (error 0)', borderColor: variable('--muted'), backgroundColor: variable('--muted'),
-        borderWidth: 1.5, borderDash: [2, 3], pointRadius: 0, pointHitRadius: 0, hidden: hidden.has('full cache (error 0)'),
+        borderWidth: 1.5, borderDash: [2, 3], pointRadius: 0, pointHitRadius: 0,
+        hidden: hidden.has('full cache (error 0)'),
         data: [Math.min(...errors), Math.max(...errors)].map((y) => ({x: data.full_bytes, y})),
       });
     }
-    const ticks = [...new Set([...datasets.flatMap((set) => set.data.map((point) => point.x))])].sort((a, b) => a - b);
-    const axis = {grid: {color: variable('--line'), borderColor: variable('--line')}, ticks: {color: variable('--muted')}};
+    const ticks = [...new Set(datasets.flatMap((set) => set.data.map((point) => point.x)))].sort((a, b) => a - b);
+    const around = (values, factor) => ({min: Math.min(...values) / factor, max: Math.max(...values) * factor});
+    const axis = {grid: {color: variable('--line'), borderColor: variable('--line')}};
+    const ticks_of = (callback) => ({color: variable('--muted'), maxRotation: 0, callback});
+    const title = (text) => ({display: true, text, color: variable('--muted')});
     const options = {
       animation: false, responsive: true, maintainAspectRatio: false,
       interaction: {mode: 'nearest', intersect: false},
       scales: {
         x: {
-          type: 'logarithmic', title: {display: true, text: 'bytes kept', color: variable('--muted')}, ...axis,
+          type: 'logarithmic', title: title('bytes kept'), ...axis, ...around(ticks, 1.15),
           afterBuildTicks: (scale) => { scale.ticks = ticks.map((value) => ({value})); },
-          ticks: {...axis.ticks, autoSkip: true, maxRotation: 0, callback: (value) => bytes_text(value)},
+          ticks: ticks_of((value) => bytes_text(value)),
         },
         y: {
-          type: 'logarithmic', title: {display: true, text: 'relative error of the output', color: variable('--muted')},
-          ...axis, ticks: {...axis.ticks, callback: (value) => (/^[125]/.test(value.toExponential()) ? String(+value.toPrecision(3)) : null)},
+          type: 'logarithmic', title: title('relative error of the output'), ...axis, ...around(errors, 1.15),
+          ticks: ticks_of((value) => (/^[125]e/.test(value.toExponential()) ? String(value) : null)),
         },
       },
       plugins: {
         legend: {
-          position: 'right',
-          labels: {color: variable('--text'), usePointStyle: true, pointStyleWidth: 28, boxHeight: 7},
+          position: window.innerWidth < 800 ? 'bottom' : 'right',
+          labels: {
+            color: variable('--text'), usePointStyle: true, pointStyleWidth: 30,
+            generateLabels: (chart) => Chart.defaults.plugins.legend.labels.generateLabels(chart).map((item) => ({
+              ...item, pointStyle: 'line', lineWidth: 2, lineDash: chart.data.datasets[item.datasetIndex].borderDash,
+            })),
+          },
           onClick: (event, item, legend) => {
             const shown = !hidden.has(item.text);
             shown ? hidden.add(item.text) : hidden.delete(item.text);
@@ -177,7 +191,8 @@
         tooltip: {
           filter: (item) => item.raw.budget !== undefined,
           callbacks: {
-            title: (items) => (items.length === 0 ? '' : `${items[0].raw.budget} tokens per query head, ${bytes_text(items[0].raw.x)}`),
+            title: (items) => items.slice(0, 1)
+              .map(({raw}) => `${raw.budget} tokens per query head, ${bytes_text(raw.x)}`),
             label: (item) => {
               const ratio = item.raw.ratio === null ? '' : ` (${times(item.raw.ratio)} ${data.baseline})`;
               return `${item.dataset.label}: ${digits(item.raw.y)}${ratio}`;
@@ -192,13 +207,14 @@
 
   // ---- kept positions --------------------------------------------------------------------------------------------
 
-  const kept_of = new Map(data.kept.map((entry) => [[entry.policy, entry.budget, entry.layer].join('\n'), entry.heads]));
+  const kept_of = new Map(data.kept.map((entry) =>
+    [[entry.policy, entry.budget, entry.layer].join('\n'), entry.heads]));
   const names = data.policies.map((policy) => [policy.name, policy.name]);
   const first_of = (wanted, otherwise) => (by_name.has(wanted) ? wanted : otherwise);
   const map_controls = document.getElementById('map-controls');
   const redraw_maps = () => draw_maps();
-  const map_layer = add_select(map_controls, 'of', layer_options, layer_options[0][0], redraw_maps);
-  const map_budget = add_select(map_controls, 'tokens per query head', data.budgets.map((budget) => [String(budget), String(budget)]),
+  const map_layer = add_select(map_controls, 'in', layer_options, layer_options[0][0], redraw_maps);
+  const map_budget = add_select(map_controls, 'tokens per query head', data.budgets.map((n) => [String(n), String(n)]),
     String(data.budgets[Math.min(1, data.budgets.length - 1)]), redraw_maps);
   const map_first = add_select(map_controls, 'policy', names, first_of('standard', names[0][0]), redraw_maps);
   const map_second = add_select(map_controls, 'below it', [['', 'nothing'], ...names],
@@ -220,6 +236,7 @@
     draw_maps();
   });
   map_controls.append(all_tokens);
+  const label_width = 175;
   let map_charts = [];
 
   // The kept stretches [begin, end) of one head from its run lengths: dropped, kept, dropped, kept, ...
@@ -259,21 +276,24 @@
     canvas.setAttribute('aria-label', `Tokens kept by ${name}, one row per head`);
     box.append(canvas);
     maps.append(box);
-    const labels = heads.map((_, head) => `head ${head}: ${kept[head]}`);
-    // A stretch thinner than a pixel would fade away: it is drawn a pixel wide.
-    const thinnest = (shown.end - shown.begin) / Math.max(200, box.clientWidth - 110);
+    const kind = policy.heads === 'query' ? 'query head' : 'KV head';
+    const labels = heads.map((_, head) => `${kind} ${head}: ${kept[head]} kept`);
+    // A stretch thinner than a pixel would fade: it is drawn a pixel wide.
+    const thinnest = (shown.end - shown.begin) / Math.max(200, box.clientWidth - label_width);
+    const is_shown = ([begin, end]) => end > shown.begin && begin < shown.end;
     const bars = (wants_protected) => heads.flatMap((runs, head) => stretches(runs)
       .flatMap((stretch) => cut(stretch, policy))
-      .filter(([begin, end, is_protected]) => is_protected === wants_protected && end > shown.begin && begin < shown.end)
+      .filter((part) => part[2] === wants_protected && is_shown(part))
       .map(([begin, end]) => ({x: [begin, Math.max(end, begin + thinnest)], y: labels[head], begin, end})));
     const dataset = (label, fill, wants_protected) => ({
       label, data: bars(wants_protected), backgroundColor: fill, grouped: false, borderWidth: 0, borderSkipped: false,
       barThickness: 17,
     });
     const datasets = [dataset('kept by score', colour, false)];
-    const protects = [policy.sinks > 0 ? `${policy.sinks} sinks` : '', policy.recent > 0 ? `${policy.recent} recent` : ''];
-    if (policy.sinks > 0 || policy.recent > 0) {
-      datasets.push(dataset(`protected (${protects.filter((text) => text).join(', ')})`, variable('--protected'), true));
+    const protects = [[policy.sinks, 'sinks'], [policy.recent, 'recent']].filter(([count]) => count > 0)
+      .map(([count, kind_of]) => `${count} ${kind_of}`);
+    if (protects.length > 0) {
+      datasets.push(dataset(`protected (${protects.join(', ')})`, variable('--protected'), true));
     }
     map_charts.push(new Chart(canvas, {
       type: 'bar',
@@ -288,7 +308,9 @@
             title: {display: true, text: 'token', color: variable('--muted')},
           },
           y: {
-            type: 'category', grid: {display: false, borderColor: variable('--line')},
+            // The same width in every map, so that tokens stand below each other.
+            type: 'category', afterFit: (scale) => { scale.width = label_width; },
+            grid: {display: false, borderColor: variable('--line')},
             ticks: {color: variable('--text'), autoSkip: false},
           },
         },
@@ -296,8 +318,9 @@
           legend: {align: 'end', labels: {color: variable('--text'), boxWidth: 14, boxHeight: 10}, onClick: () => {}},
           tooltip: {
             callbacks: {
-              title: (items) => (items.length === 0 ? '' : items[0].label),
-              label: ({raw}) => (raw.end - raw.begin === 1 ? `token ${raw.begin}` : `tokens ${raw.begin}–${raw.end - 1}, ${raw.end - raw.begin} in a row`),
+              title: (items) => items.slice(0, 1).map((item) => item.label),
+              label: ({raw: {begin, end}}) =>
+                (end - begin === 1 ? `token ${begin}` : `tokens ${begin}–${end - 1}, ${end - begin} in a row`),
             },
           },
         },
@@ -329,7 +352,7 @@
     draw_maps();
   };
   if (!plots) {
-    const text = 'The program that made this report was built without Chart.js, so there are no plots; the figures are below.';
+    const text = 'The program that made this report was built without Chart.js: there are no plots.';
     document.getElementById('error-plot').replaceChildren(element('p', text, {className: 'note'}));
     document.getElementById('error-plot').style.height = 'auto';
     document.getElementById('maps').replaceChildren(element('p', text, {className: 'note'}));
