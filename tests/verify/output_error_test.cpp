@@ -69,8 +69,8 @@ TEST_CASE("every number equals deleting tokens and attending again in long doubl
     int percent;
   };
   const auto [sizes, kept_heads, percent] = GENERATE(
-      problem{{.batch = 2, .tokens = 40, .queries = 19, .hidden = 24}, 2, 40},                    // KV heads, two blocks
-      problem{{.head_dim = 5, .tokens = 37, .queries = 4, .hidden = 9}, 4, 30},                   // query heads
+      problem{{.batch = 2, .tokens = 40, .queries = 19, .hidden = 24}, 2, 40},   // KV heads, two blocks
+      problem{{.head_dim = 5, .tokens = 37, .queries = 4, .hidden = 9}, 4, 30},  // query heads
       problem{{.query_heads = 3, .kv_heads = 1, .head_dim = 33, .tokens = 66, .queries = 2}, 1, 10},  // no W_O
       problem{{.query_heads = 2, .kv_heads = 1, .head_dim = 70, .tokens = 35, .queries = 2, .hidden = 11}, 1, 60},
       problem{{.query_heads = 2, .kv_heads = 2, .tokens = 33, .queries = 3, .hidden = 4, .sharpness = 30}, 2, 50},
@@ -201,8 +201,8 @@ TEST_CASE("strides, chunks, threads and element types change no bit") {
     CHECK(same_bits(errors, 1, expected, 1));
   };
 
-  for (const memory_order order : {memory_order::tokens_heads, memory_order::padded_rows, memory_order::channels,
-                                   memory_order::interleaved}) {
+  for (const memory_order order :
+       {memory_order::tokens_heads, memory_order::padded_rows, memory_order::channels, memory_order::interleaved}) {
     CAPTURE(static_cast<int>(order));
     check_same(output_error(backend, kept, arranged_layer<half>(sizes, 9, order).view()));
   }
@@ -274,9 +274,8 @@ TEST_CASE("a padded sequence of a batch costs what it costs alone") {
     alone.query = tensor_view<const float, 4>(layer.query).slice(0, b, 1).slice(2, 0, query_rows);
     alone.key = tensor_view<const float, 4>(layer.key).slice(0, b, 1).slice(2, span.begin, span.length);
     alone.value = tensor_view<const float, 4>(layer.value).slice(0, b, 1).slice(2, span.begin, span.length);
-    const auto kept_alone = keep_where(1, 4, span.length, [&](index_t, index_t h, index_t n) {
-      return keeps(kept, b, h, span.begin + n);
-    });
+    const auto kept_alone =
+        keep_where(1, 4, span.length, [&](index_t, index_t h, index_t n) { return keeps(kept, b, h, span.begin + n); });
     CHECK(same_bits(errors, b, output_error(backend, kept_alone, alone, errors.rows(b)), 0));
   }
   CHECK(errors.mean_relative() == Approx(std::sqrt(error_square / norm_square)).epsilon(1e-13));
@@ -330,7 +329,8 @@ TEST_CASE("values that coincide with the output keep their exact distance") {
     long double sum = 0;
     for (index_t n = 0; n < 40; ++n) {
       long double dot = 0;
-      for (index_t c = 0; c < 16; ++c) dot += (long double)(layer.query(0, h, 0, c)) * (long double)(layer.key(0, 0, n, c));
+      for (index_t c = 0; c < 16; ++c)
+        dot += (long double)(layer.query(0, h, 0, c)) * (long double)(layer.key(0, 0, n, c));
       share.push_back(std::exp(dot / 4));
       sum += share.back();
     }

@@ -22,7 +22,8 @@ owned_kept_tokens keep_every_third(index_t heads = 2) {
 void refuses(const const_kept_tokens& kept, const layer_view<float>& layer, index_t queries, errc code,
              const std::vector<index_t>& numbers, const std::string& word) {
   const arranged_layer<float> other({.tokens = 9, .queries = 3});
-  output_errors errors = output_error(backend, keep_where(1, 2, 9, [](auto, auto, auto) { return true; }), other.view());
+  output_errors errors =
+      output_error(backend, keep_where(1, 2, 9, [](auto, auto, auto) { return true; }), other.view());
   check_error(output_error(backend, kept, layer, errors, queries), code, numbers, word);
   CHECK(errors.queries() == 3);
   CHECK(errors.layer_output_norm()(0, 2) > 0);
@@ -58,8 +59,8 @@ TEST_CASE("output_error refuses kept positions outside their sequence") {
 TEST_CASE("output_error refuses a layer that does not fit itself") {
   const arranged_layer<float> layer(sizes);
   const owned_kept_tokens kept = keep_every_third();
-  const auto refused = [&](const auto& damage, errc code, const std::vector<index_t>& numbers,
-                           const std::string& word, index_t queries = 0) {
+  const auto refused = [&](const auto& damage, errc code, const std::vector<index_t>& numbers, const std::string& word,
+                           index_t queries = 0) {
     layer_view<float> view = layer.view();
     damage(view);
     refuses(kept, view, queries, code, numbers, word);
@@ -132,7 +133,8 @@ TEST_CASE("nothing to verify is no error") {
   CHECK(no_rows.head().empty());
   CHECK(no_rows.mean_relative() == 0);
   const arranged_layer<float> no_tokens({.tokens = 0, .queries = 4, .hidden = 5});
-  const output_errors empty = output_error(backend, keep_where(1, 2, 0, [](auto, auto, auto) { return true; }), no_tokens.view());
+  const output_errors empty =
+      output_error(backend, keep_where(1, 2, 0, [](auto, auto, auto) { return true; }), no_tokens.view());
   CHECK(empty.rows(0) == 0);
   CHECK(empty.layer()(0, 3) == 0);
   const arranged_layer<float> no_batch({.batch = 0, .queries = 4});

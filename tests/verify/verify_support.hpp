@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the verifier's tests share: kept sets, and an oracle that deletes tokens and computes attention once more, in long
-// double, with the whole of W_O.
+// What the verifier's tests share: kept sets, and an oracle that deletes tokens and computes attention once more, in
+// long double, with the whole of W_O.
 #pragma once
 
 #include "support/arranged_layer.hpp"
@@ -195,9 +195,9 @@ inline bool same_bits(const output_errors& errors, index_t b, const output_error
   for (index_t row = 0; row < errors.rows(b); ++row) {
     const index_t i = errors.queries() - 1 - row;
     const index_t j = other.queries() - 1 - row;
-    for (const auto table : {&output_errors::head, &output_errors::head_output_norm, &output_errors::head_predicted,
-                             &output_errors::evicted_mass, &output_errors::head_projected,
-                             &output_errors::head_projected_predicted}) {
+    for (const auto table :
+         {&output_errors::head, &output_errors::head_output_norm, &output_errors::head_predicted,
+          &output_errors::evicted_mass, &output_errors::head_projected, &output_errors::head_projected_predicted}) {
       const auto left = (errors.*table)();
       const auto right = (other.*table)();
       if (left.empty() != right.empty()) return false;
@@ -205,8 +205,8 @@ inline bool same_bits(const output_errors& errors, index_t b, const output_error
         if (left(b, h, i) != right(other_b, h, j)) return false;
       }
     }
-    for (const auto table : {&output_errors::layer, &output_errors::layer_output_norm,
-                             &output_errors::layer_predicted}) {
+    for (const auto table :
+         {&output_errors::layer, &output_errors::layer_output_norm, &output_errors::layer_predicted}) {
       if ((errors.*table)()(b, i) != (other.*table)()(other_b, j)) return false;
     }
   }

@@ -62,8 +62,8 @@ struct future_view {
   tensor_view<const T, 4> value{};  ///< [batch, kv_heads, more, head_dim]
 };
 
-/// `output_error` of the `more` queries of `future` against the cache of `prompt` followed by the future tokens, of which
-/// `kept` was chosen for the prompt and none of the future ones is evicted. prompt.query is not looked at.
+/// `output_error` of the `more` queries of `future` against the cache of `prompt` followed by the future tokens, of
+/// which `kept` was chosen for the prompt and none of the future ones is evicted. prompt.query is not looked at.
 ///
 /// Errors: those of `output_error`; a prompt whose sequences are shorter than the token axis and padded on the right
 /// (errc::unsupported: the future tokens would not follow them).

@@ -92,9 +92,9 @@ class output_errors {
     return worst;
   }
 
-  /// The exact error relative to the predicted one, sum layer / sum layer_predicted over all rows: how far the assumption
-  /// of a greedy choice holds, that deletions add up. Below 1 the changes partly cancel, above 1 they make each other
-  /// worse (each deletion renormalises what the others left). 1 where nothing was evicted.
+  /// The exact error relative to the predicted one, sum layer / sum layer_predicted over all rows: how far the
+  /// assumption of a greedy choice holds, that deletions add up. Below 1 the changes partly cancel, above 1 they make
+  /// each other worse (each deletion renormalises what the others left). 1 where nothing was evicted.
   [[nodiscard]] double greedy_ratio() const noexcept {
     double exact = 0;
     double single = 0;

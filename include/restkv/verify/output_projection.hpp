@@ -109,8 +109,8 @@ struct projected_row {
 /// per head. Cost: 2 hidden heads d multiply-adds.
 template <element T>
 [[nodiscard]] projected_row project_row(const tensor_view<const T, 2>& projection, index_t heads, index_t channels,
-                                        const strided_vectors& changes, const strided_vectors& outputs, double* slice, double* squares,
-                                        double* head_change, index_t step) noexcept {
+                                        const strided_vectors& changes, const strided_vectors& outputs, double* slice,
+                                        double* squares, double* head_change, index_t step) noexcept {
   const index_t width = padded_channels(channels);
   for (index_t h = 0; h < heads; ++h) squares[h] = 0;
   for (index_t c = 0; c < width; ++c) slice[c] = 0;

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 /// @file
-/// What evicting a set of tokens does to one query head: the attention split into the kept tokens, the evicted token with
-/// the largest share, and the other evicted ones. `output_error` puts the heads together.
+/// What evicting a set of tokens does to one query head: the attention split into the kept tokens, the evicted token
+/// with the largest share, and the other evicted ones. `output_error` puts the heads together.
 #pragma once
 
 #include <restkv/core/layer.hpp>
@@ -44,8 +44,8 @@ inline void add_rows(const double* x, const double* rows, index_t stride, index_
   return sum;
 }
 
-/// sum_n e^(s_n - largest) over some tokens; sum is 0 where there are none. Two masses are compared without ever leaving
-/// the range of double, however far their logits lie apart.
+/// sum_n e^(s_n - largest) over some tokens; sum is 0 where there are none. Two masses are compared without ever
+/// leaving the range of double, however far their logits lie apart.
 struct attention_mass {
   double largest = -std::numeric_limits<double>::infinity();
   double sum = 0;
@@ -110,9 +110,9 @@ struct split_result {
 /// Attention of a few queries of one head over a sequence, split by what a kept set does to it.
 ///
 /// With K the kept and E the evicted visible tokens, o' the output of K's own softmax, m the output of E's, and A_E the
-/// share of E: o = (1 - A_E) o' + A_E m, so o' - o = A_E (o' - m), which equals sum_E a_n (v_n - o) / (1 - A_E) and loses
-/// no digits where little is evicted (A_E -> 0) or nearly everything (A_E -> 1). K and E are softmaxed apart, and the top
-/// token T of E apart from the rest of E, each against its own largest logit.
+/// share of E: o = (1 - A_E) o' + A_E m, so o' - o = A_E (o' - m), which equals sum_E a_n (o - v_n) / (1 - A_E) and
+/// loses no digits where little is evicted (A_E -> 0) or nearly everything (A_E -> 1). K and E are softmaxed apart, and
+/// the top token T of E apart from the rest of E, each against its own largest logit.
 ///
 /// Single deletions: a_T/(1-a_T) ||o - v_T|| = a_T ||o_without_T - v_T||; every other evicted token has a share of at
 /// most a half, where 1 - a loses nothing.
@@ -120,7 +120,7 @@ template <element T>
 class split_attention {
  public:
   static constexpr index_t tile = verify_lanes;  // tokens
-  static constexpr index_t block = 16;               // queries
+  static constexpr index_t block = 16;           // queries
 
   split_attention(const split_problem<T>& problem, const split_result& result) noexcept
       : p_(problem),
@@ -192,8 +192,7 @@ class split_attention {
     index_t evicted = kept_count_;
     index_t position = 0;
     for (index_t j = 0; j <= kept_count_; ++j) {
-      const index_t next =
-          j < kept_count_ ? p_.kept.positions(p_.batch, kept_head, j) - span_.begin : span_.length;
+      const index_t next = j < kept_count_ ? p_.kept.positions(p_.batch, kept_head, j) - span_.begin : span_.length;
       if (j < kept_count_) positions_[static_cast<std::size_t>(j)] = static_cast<position_t>(next);
       while (position < next) positions_[static_cast<std::size_t>(evicted++)] = static_cast<position_t>(position++);
       position = next + 1;
@@ -250,8 +249,7 @@ class split_attention {
         for (index_t j = 0; j < count; ++j) {
           // As in the reference: a logit that is not a number counts as the lowest.
           constexpr double most = std::numeric_limits<double>::max();
-          const double logit =
-              std::isnan(tile_dots_[j]) ? -most : std::clamp(tile_dots_[j] / root, -most, most);
+          const double logit = std::isnan(tile_dots_[j]) ? -most : std::clamp(tile_dots_[j] / root, -most, most);
           const bool seen = positions_[static_cast<std::size_t>(first + j)] < visible(i);
           logits[j] = seen ? logit : -std::numeric_limits<double>::infinity();
         }
@@ -351,8 +349,8 @@ class split_attention {
     r_.projected_predicted[i] = top_share * std::sqrt(p_.gram(top_difference, channels_));
   }
 
-  /// Adds the single deletions of the other evicted tokens. ||o - v||^2 = o.o - 2 o.v + v.v needs one product a token and
-  /// query instead of a square form; where it would cancel, the difference is formed first.
+  /// Adds the single deletions of the other evicted tokens. ||o - v||^2 = o.o - 2 o.v + v.v needs one product a token
+  /// and query instead of a square form; where it would cancel, the difference is formed first.
   void predict() noexcept {
     constexpr double cancels = 1e-8;
     for (index_t first = kept_count_; first < span_.length; first += tile) {
