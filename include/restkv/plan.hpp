@@ -10,6 +10,7 @@
 #include <restkv/selection/kept_tokens.hpp>
 #include <restkv/selection/pruning.hpp>
 
+#include <algorithm>
 #include <limits>
 
 namespace restkv {
@@ -34,8 +35,8 @@ struct selection_details {
 
   /// That every member has room for `rows` heads of `tokens` tokens in each of `batch` sequences.
   [[nodiscard]] status check(index_t batch, index_t rows, index_t tokens) const noexcept {
-    if (batch == 0 || rows == 0) return {};
     const auto check_room = [](const char* name, const auto& member, const auto& wanted) -> status {
+      if (std::find(wanted.begin(), wanted.end(), 0) != wanted.end()) return {};  // nothing is written
       for (std::size_t axis = 0; axis < wanted.size(); ++axis) {
         if (member.extent(axis) < wanted[axis] || (member.data == nullptr && wanted[axis] > 0)) {
           return status::error(errc::shape_mismatch, "details.%s has room for %lld %s, %lld are needed", name,

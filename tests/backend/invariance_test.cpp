@@ -57,6 +57,7 @@ void check_same(const selection_outcome<float>& a, const selection_outcome<float
 /// Sequence `from` of one outcome against sequence `to` of another: the tokens of `length` from the beginning.
 void check_same_sequence(const selection_outcome<float>& whole, index_t from, index_t begin,
                          const selection_outcome<float>& alone, index_t to, index_t length) {
+  INFO(whole.result.message() << alone.result.message());
   REQUIRE(whole.result.ok());
   REQUIRE(alone.result.ok());
   for (index_t h = 0; h < whole.heads; ++h) {
