@@ -12,13 +12,15 @@ namespace restkv {
 /// A backend's threads as a loop for `compact`, `compact_in_place`, `gather_tokens` and `rotate_keys`.
 template <tensor_backend Backend>
 struct backend_loop {
-  Backend& backend;
+  Backend& backend;  ///< whose threads run the loop
 
+  /// See `parallel_loop`.
   template <class Body>
   void operator()(index_t n, const Body& body) const {
     backend.parallel_for(n, body);
   }
 };
+/// `backend_loop{backend}` finds the type.
 template <class Backend>
 backend_loop(Backend&) -> backend_loop<Backend>;
 

@@ -18,8 +18,8 @@ namespace restkv {
 /// What `select` needs to know, computed once. A plain value: copy it, keep it for the life of the model.
 template <class Policy>
 struct plan {
-  Policy policy{};
-  problem_shape shape{};
+  Policy policy{};                  ///< as it was given
+  problem_shape shape{};            ///< the largest layer it serves
   index_t heads = 0;                ///< rows of a kept set per sequence: KV heads, or query heads without group reduction
   index_t capacity = 0;             ///< most tokens one head can keep
   std::size_t workspace_bytes = 0;  ///< what `select` needs, its result included

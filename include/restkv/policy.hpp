@@ -36,13 +36,13 @@ struct eviction_policy {
   static_assert(budget_allocator<Budget>,
                 "a budget allocator needs tokens_per_head(problem), most_per_head(problem) and allocate(...)");
 
-  Score score{};
-  index_t window = 32;  ///< observation window: the last `window` queries; unused by scores that need no queries
-  Temporal temporal{};
-  Spatial spatial{};
-  group_reduce group = group_reduce::l2;
-  Budget budget{};
-  protection protect{};
+  Score score{};                          ///< what a token is worth to one query; see `token_score`
+  index_t window = 32;                    ///< observation window, the last queries; unused by scores without queries
+  Temporal temporal{};                    ///< over the window's queries; see `temporal_smoother`
+  Spatial spatial{};                      ///< over tokens; see `spatial_smoother`
+  group_reduce group = group_reduce::l2;  ///< over the query heads of a KV head
+  Budget budget{};                        ///< tokens per head; see `budget_allocator`
+  protection protect{};                   ///< tokens that are kept whatever their score
 
   /// Tokens at the end of each sequence that are always kept.
   [[nodiscard]] constexpr index_t recent() const noexcept {

@@ -28,8 +28,10 @@ template <class... Parts>
 
 /// A temporal smoother that is a weighted sum of the window's rows.
 struct any_linear_temporal {
-  std::variant<mean, sum, ema, last> choice{};
+  std::variant<mean, sum, ema, last> choice{};  ///< the part it behaves like
 
+  ///@{
+  /// See `linear_temporal_smoother`; as the choice.
   static constexpr bool monotone = true;
 
   [[nodiscard]] double weight(int i, int count) const noexcept {
@@ -40,12 +42,15 @@ struct any_linear_temporal {
     return std::visit([&](const auto& part) -> Real { return part(rows); }, choice);
   }
   [[nodiscard]] status check() const noexcept { return detail::check_choice(choice); }
+  ///@}
 };
 
 /// A spatial smoother. `needs_drift` holds for the type; the drift is computed only when the choice asks for it.
 struct any_spatial {
-  std::variant<no_pool, average_pool, max_pool, adaptive_window> choice{};
+  std::variant<no_pool, average_pool, max_pool, adaptive_window> choice{};  ///< the part it behaves like
 
+  ///@{
+  /// See `spatial_smoother`; as the choice.
   static constexpr bool needs_drift = true;
 
   [[nodiscard]] constexpr bool uses_drift() const noexcept { return std::holds_alternative<adaptive_window>(choice); }
@@ -57,12 +62,15 @@ struct any_spatial {
     return std::visit([&](const auto& part) -> token_reach { return part.reach(row); }, choice);
   }
   [[nodiscard]] status check() const noexcept { return detail::check_choice(choice); }
+  ///@}
 };
 
 /// A budget allocator.
 struct any_budget {
-  std::variant<uniform, pyramid, ada_kv> choice{};
+  std::variant<uniform, pyramid, ada_kv> choice{};  ///< the part it behaves like
 
+  ///@{
+  /// See `budget_allocator`; as the choice.
   [[nodiscard]] index_t tokens_per_head(const budget_problem& problem) const noexcept {
     return std::visit([&](const auto& part) -> index_t { return part.tokens_per_head(problem); }, choice);
   }
@@ -78,6 +86,7 @@ struct any_budget {
     std::visit([&](const auto& part) { part.allocate(problem, keys, counts, scratch); }, choice);
   }
   [[nodiscard]] status check() const noexcept { return detail::check_choice(choice); }
+  ///@}
 };
 
 static_assert(linear_temporal_smoother<any_linear_temporal> && std::is_trivially_copyable_v<any_linear_temporal>);

@@ -329,7 +329,9 @@ template <tensor_backend Backend, class Policy, element T>
 /// A kept set that owns its memory, for callers without a workspace of their own. Movable.
 class owned_selection {
  public:
+  /// What the last successful `run` chose. Valid until the next, and as long as this object lives.
   [[nodiscard]] const kept_tokens& kept() const noexcept { return kept_; }
+  /// The same.
   operator const_kept_tokens() const noexcept { return kept_; }  // NOLINT(google-explicit-constructor)
 
   /// Plans and selects with memory of its own.

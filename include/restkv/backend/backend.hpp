@@ -15,11 +15,11 @@ namespace restkv {
 /// What a scoring primitive is asked for: the parts of a policy that come before spatial smoothing, without the rest.
 template <token_score Score, temporal_smoother Temporal>
 struct score_request {
-  Score score{};
-  Temporal temporal{};
-  index_t window = 0;  ///< observation window; 0 when the score needs no queries
-  group_reduce group = group_reduce::none;
-  problem_shape shape{};
+  Score score{};                            ///< per-token score
+  Temporal temporal{};                      ///< reduction over the window's queries
+  index_t window = 0;                       ///< observation window; 0 when the score needs no queries
+  group_reduce group = group_reduce::none;  ///< reduction over the query heads of a KV head
+  problem_shape shape{};                    ///< the plan's
 
   /// Rows of scores per sequence.
   [[nodiscard]] constexpr index_t heads() const noexcept {
@@ -31,6 +31,7 @@ struct score_request {
   [[nodiscard]] constexpr index_t past_of(index_t length) const noexcept { return length - window_of(length); }
 };
 
+/// The request that a policy's parts make.
 template <class Policy>
 using score_request_of = score_request<decltype(Policy::score), decltype(Policy::temporal)>;
 

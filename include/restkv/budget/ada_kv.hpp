@@ -20,13 +20,15 @@ namespace restkv {
 /// head on its own and can miss it). Ties at the cut go to the smaller head, then to the smaller position.
 /// `normalise` first scales head h's scores by (sum of its top `base` scores) / (sum of all its scores).
 struct ada_kv {
-  budget_size budget{};
+  budget_size budget{};    ///< mean over the heads of a layer
   float floor = 0.2f;      ///< part of the uniform share that every head gets, in [0, 1]; 1 is uniform
   bool normalise = false;  ///< compare heads by how concentrated they are rather than by their raw scores
 
+  /// See `budget_allocator`.
   [[nodiscard]] index_t tokens_per_head(const budget_problem& problem) const noexcept {
     return budget.of(problem.length);
   }
+  /// See `budget_allocator`.
   [[nodiscard]] index_t most_per_head(const budget_problem& problem) const noexcept {
     const index_t base = chosen_per_head(*this, problem);
     const double most = static_cast<double>(std::min(problem.heads * base, problem.candidates)) *
@@ -39,6 +41,7 @@ struct ada_kv {
     return normalise ? std::numeric_limits<index_t>::max() : problem.heads * chosen_per_head(*this, problem);
   }
 
+  /// See `budget_allocator`.
   template <std::unsigned_integral Key>
   void allocate(const budget_problem& problem, tensor_view<const Key, 2> keys, std::span<index_t> counts,
                 std::span<double> scratch) const noexcept {
@@ -69,6 +72,7 @@ struct ada_kv {
     round_to_total(scratch.first(counts.size()), total, problem.candidates, counts);
   }
 
+  /// Fails on a floor outside [0, 1] and on a bad budget.
   [[nodiscard]] status check() const noexcept {
     if (!(floor >= 0.0f && floor <= 1.0f)) {
       return status::error(errc::invalid_argument, "ada_kv.floor is %g, must be within [0, 1]", double{floor});

@@ -20,6 +20,7 @@ struct budget_size {
   double ratio = 0.0;     ///< part of the sequence that is kept, in (0, 1]; 0 = use the count
 
   constexpr budget_size() = default;
+  /// A count of tokens.
   constexpr budget_size(std::integral auto count) noexcept  // NOLINT(google-explicit-constructor)
       : tokens(static_cast<index_t>(count)) {}
   /// `keep_ratio(0.2)` keeps a fifth, rounded down. `keep_ratio(0)` keeps nothing, which `check` refuses.
@@ -35,6 +36,7 @@ struct budget_size {
     return std::min(length, static_cast<index_t>(std::floor(ratio * static_cast<double>(length))));
   }
 
+  /// Fails on a count below 1 and on a ratio outside (0, 1]; the message begins with `owner`.
   [[nodiscard]] status check(const char* owner) const noexcept {
     if (ratio == 0.0 && tokens < 1) {
       return status::error(errc::invalid_argument, "%s keeps %lld tokens per head, must be at least 1", owner,
@@ -50,12 +52,13 @@ struct budget_size {
 
 /// One sequence of one layer, as an allocator sees it.
 struct budget_problem {
-  index_t heads = 0;
+  index_t heads = 0;       ///< rows of the layer's kept set
   index_t length = 0;      ///< tokens of the sequence
   index_t candidates = 0;  ///< tokens per head that may be evicted: length less the protected ones
-  index_t layer = 0;
-  index_t layers = 1;
+  index_t layer = 0;       ///< index of the layer
+  index_t layers = 1;      ///< layers of the model
 
+  /// Tokens per head that are kept whatever the budget.
   [[nodiscard]] constexpr index_t protected_tokens() const noexcept { return length - candidates; }
 };
 

@@ -17,10 +17,12 @@ enum class pyramid_rounding {
 /// least = m / beta, most = 2 m - least; where most would pass C, most = C and least = 2 m - C. Layer l of N gets
 /// most - l (most - least) / (N - 1) chosen tokens per head, and the protected ones. One layer alone gets m.
 struct pyramid {
-  budget_size budget{};
-  float beta = 20.0f;  ///< how steep, >= 1; 1 is uniform
-  pyramid_rounding rounding = pyramid_rounding::exact;
+  budget_size budget{};                                 ///< mean over the layers
+  float beta = 20.0f;                                   ///< how steep, >= 1; 1 is uniform
+  pyramid_rounding rounding = pyramid_rounding::exact;  ///< see pyramid_rounding
 
+  ///@{
+  /// See `budget_allocator`.
   [[nodiscard]] index_t tokens_per_head(const budget_problem& problem) const noexcept {
     const index_t fixed = problem.protected_tokens();
     const index_t wanted = budget.of(problem.length);
@@ -40,7 +42,9 @@ struct pyramid {
                 std::span<double>) const noexcept {
     std::fill(counts.begin(), counts.end(), chosen_per_head(*this, problem));
   }
+  ///@}
 
+  /// Fails on a beta below 1 and on a bad budget.
   [[nodiscard]] status check() const noexcept {
     if (!(beta >= 1.0f) || !std::isfinite(beta)) {
       return status::error(errc::invalid_argument, "pyramid.beta is %g, must be at least 1", double{beta});

@@ -9,8 +9,10 @@ namespace restkv {
 
 /// Every head keeps `tokens_per_head` tokens, or `budget_size::keep_ratio(r)` of its sequence.
 struct uniform {
-  budget_size budget{};
+  budget_size budget{};  ///< of every head
 
+  ///@{
+  /// See `budget_allocator`.
   [[nodiscard]] index_t tokens_per_head(const budget_problem& problem) const noexcept {
     return budget.of(problem.length);
   }
@@ -22,6 +24,8 @@ struct uniform {
                 std::span<double>) const noexcept {
     std::fill(counts.begin(), counts.end(), chosen_per_head(*this, problem));
   }
+  ///@}
+  /// Fails on a bad budget.
   [[nodiscard]] status check() const noexcept { return budget.check("uniform"); }
 };
 

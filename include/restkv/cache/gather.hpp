@@ -35,6 +35,7 @@ concept parallel_loop = detail::takes_count_and_body<F>;
 
 /// The loop of one thread.
 struct serial_for {
+  /// body(0) .. body(n - 1), in order.
   template <class Body>
   constexpr void operator()(index_t n, const Body& body) const {
     for (index_t i = 0; i < n; ++i) body(i);

@@ -55,9 +55,11 @@ concept cache_layout = detail::has_value_type<L> && detail::has_batch_heads_and_
 /// [batch, heads, capacity, head_dim]: every head has the same number of slots.
 template <class T>
 struct dense_layout {
-  using value_type = T;
-  tensor_view<T, 4> rows{};
+  using value_type = T;      ///< of keys or values
+  tensor_view<T, 4> rows{};  ///< [batch, heads, capacity, head_dim]
 
+  ///@{
+  /// See `cache_layout`.
   [[nodiscard]] constexpr index_t batch() const noexcept { return rows.extent(0); }
   [[nodiscard]] constexpr index_t heads() const noexcept { return rows.extent(1); }
   [[nodiscard]] constexpr index_t head_dim() const noexcept { return rows.extent(3); }
@@ -67,7 +69,9 @@ struct dense_layout {
   }
   [[nodiscard]] byte_range touched() const noexcept { return touched_bytes(rows); }
   [[nodiscard]] status check() const noexcept { return {}; }
+  ///@}
 };
+/// `dense_layout{view}` finds the element type.
 template <class T>
 dense_layout(tensor_view<T, 4>) -> dense_layout<T>;
 
@@ -75,12 +79,14 @@ dense_layout(tensor_view<T, 4>) -> dense_layout<T>;
 /// rows offsets(b * heads + h) .. offsets(b * heads + h + 1) of a [total_tokens, head_dim] buffer.
 template <class T>
 struct ragged_layout {
-  using value_type = T;
-  tensor_view<T, 2> rows{};                       ///< [total_tokens, head_dim]
-  tensor_view<const std::int64_t, 1> offsets{};   ///< [batch * heads + 1], ascending from 0 (cu_seqlens)
-  index_t sequences = 0;
-  index_t heads_per_sequence = 0;
+  using value_type = T;                          ///< of keys or values
+  tensor_view<T, 2> rows{};                      ///< [total_tokens, head_dim]
+  tensor_view<const std::int64_t, 1> offsets{};  ///< [batch * heads + 1], ascending from 0 (cu_seqlens)
+  index_t sequences = 0;                         ///< batch
+  index_t heads_per_sequence = 0;                ///< rows of the kept set per sequence
 
+  ///@{
+  /// See `cache_layout`.
   [[nodiscard]] constexpr index_t batch() const noexcept { return sequences; }
   [[nodiscard]] constexpr index_t heads() const noexcept { return heads_per_sequence; }
   [[nodiscard]] constexpr index_t head_dim() const noexcept { return rows.extent(1); }
@@ -92,6 +98,7 @@ struct ragged_layout {
     return rows[offsets(b * heads_per_sequence + h) + slot];
   }
   [[nodiscard]] byte_range touched() const noexcept { return touched_bytes(rows); }
+  ///@}
   /// Offsets must have batch * heads + 1 entries, ascend from 0 and end within the buffer.
   [[nodiscard]] status check() const noexcept {
     const index_t entries = sequences * heads_per_sequence + 1;

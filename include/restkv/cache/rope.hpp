@@ -28,8 +28,8 @@ enum class rotary_pairs {
 
 /// What a frequency is computed from before scaling: f_i = theta^(-2 i / rotary_dim).
 struct rope_base {
-  double theta = 10000;
-  index_t rotary_dim = 0;
+  double theta = 10000;    ///< the model's base, rope_theta
+  index_t rotary_dim = 0;  ///< rotated channels
 };
 
 /// A way to stretch RoPE to longer contexts: `check(base)`, and a const call operator from (pair i, f_i, base) to the
@@ -49,20 +49,26 @@ namespace detail {
 
 /// Plain RoPE.
 struct unscaled_rope {
+  ///@{
+  /// See `rope_scaling`.
   [[nodiscard]] status check(const rope_base&) const noexcept { return {}; }
   [[nodiscard]] double operator()(index_t, double frequency, const rope_base&) const noexcept { return frequency; }
+  ///@}
 };
 
 /// Position interpolation (Chen et al., arXiv 2306.15595): f_i / factor, as if positions were divided by it.
 struct linear_rope {
-  double factor = 1;
+  double factor = 1;  ///< how far the context is stretched
 
+  ///@{
+  /// See `rope_scaling`.
   [[nodiscard]] status check(const rope_base&) const noexcept {
     return detail::check_positive("the factor of linear_rope", factor);
   }
   [[nodiscard]] double operator()(index_t, double frequency, const rope_base&) const noexcept {
     return frequency / factor;
   }
+  ///@}
 };
 
 /// YaRN (Peng et al., arXiv 2309.00071): pairs that turn often within the original context keep their frequency, pairs
@@ -77,12 +83,14 @@ struct linear_rope {
 /// YaRN's attention temperature has no parameter here: engines multiply cosine and sine by it, so a cached key carries
 /// it as a factor of its length, and a rotation leaves lengths alone.
 struct yarn_rope {
-  double factor = 1;
-  index_t original_max_positions = 0;
-  double beta_fast = 32;
-  double beta_slow = 1;
-  bool truncate = true;  ///< floor and ceil in low and high; some checkpoints turn it off
+  double factor = 1;                   ///< how far the context is stretched
+  index_t original_max_positions = 0;  ///< context before stretching, in tokens
+  double beta_fast = 32;               ///< turns from which on a pair keeps its frequency
+  double beta_slow = 1;                ///< turns up to which a pair is interpolated
+  bool truncate = true;                ///< floor and ceil in low and high; some checkpoints turn it off
 
+  ///@{
+  /// See `rope_scaling`.
   [[nodiscard]] status check(const rope_base& base) const noexcept {
     RESTKV_RETURN_IF_FAILED(detail::check_positive("the factor of yarn_rope", factor));
     RESTKV_RETURN_IF_FAILED(
@@ -107,6 +115,7 @@ struct yarn_rope {
     const double interpolated = std::clamp((static_cast<double>(pair) - low) / width, 0.0, 1.0);
     return interpolated * (frequency / factor) + (1 - interpolated) * frequency;
   }
+  ///@}
 
  private:
   struct pair_range {
@@ -129,11 +138,13 @@ struct yarn_rope {
 /// pair i within the original context, and s_i = clamp((t_i - low_freq_factor) / (high_freq_factor - low_freq_factor),
 /// 0, 1): f_i' = (1 - s_i) * f_i / factor + s_i * f_i.
 struct llama3_rope {
-  double factor = 8;
-  double low_freq_factor = 1;
-  double high_freq_factor = 4;
-  index_t original_max_positions = 8192;
+  double factor = 8;                      ///< how far the context is stretched
+  double low_freq_factor = 1;             ///< turns up to which a pair is interpolated
+  double high_freq_factor = 4;            ///< turns from which on a pair keeps its frequency
+  index_t original_max_positions = 8192;  ///< context before stretching, in tokens
 
+  ///@{
+  /// See `rope_scaling`.
   [[nodiscard]] status check(const rope_base&) const noexcept {
     RESTKV_RETURN_IF_FAILED(detail::check_positive("the factor of llama3_rope", factor));
     RESTKV_RETURN_IF_FAILED(
@@ -152,16 +163,18 @@ struct llama3_rope {
     const double kept = std::clamp((turns - low_freq_factor) / (high_freq_factor - low_freq_factor), 0.0, 1.0);
     return (1 - kept) * (frequency / factor) + kept * frequency;
   }
+  ///@}
 };
 
 /// A model's RoPE. `rotary_dim` is the number of channels that are rotated, head_dim unless the model rotates only a
 /// part of them.
 template <rope_scaling Scaling = unscaled_rope>
 struct rope_parameters {
-  index_t rotary_dim = 0;
-  double theta = 10000;
-  Scaling scaling{};
+  index_t rotary_dim = 0;  ///< even, at most head_dim
+  double theta = 10000;    ///< the model's base, rope_theta
+  Scaling scaling{};       ///< see rope_scaling
 
+  /// Fails on an odd rotary_dim, on a theta of 1 or less, and on what the scaling rejects.
   [[nodiscard]] status check() const noexcept {
     if (rotary_dim <= 0 || rotary_dim % 2 != 0) {
       return status::error(errc::invalid_argument, "rotary_dim is %lld, must be even and at least 2",
@@ -198,6 +211,7 @@ template <rope_scaling Scaling>
 
 /// The new position of a compacted key: its slot, so that a head's keys follow each other without gaps.
 struct slot_position {
+  /// The slot.
   [[nodiscard]] constexpr index_t operator()(index_t, index_t, index_t slot) const noexcept { return slot; }
 };
 

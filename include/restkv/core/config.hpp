@@ -6,9 +6,12 @@
 #include <cstddef>
 #include <cstdint>
 
+///@{
+/// The version of the library; a breaking change of the interface raises the first number that is not 0.
 #define RESTKV_VERSION_MAJOR 0
 #define RESTKV_VERSION_MINOR 1
 #define RESTKV_VERSION_PATCH 0
+///@}
 
 /// Marks a function that also compiles for the device, so that the CPU and GPU versions of an element-wise formula
 /// are one function.

@@ -66,13 +66,17 @@ RESTKV_HD constexpr std::uint16_t float_to_bfloat16_bits(float value) noexcept {
 class half {
  public:
   half() = default;
+  /// Rounds to nearest, ties to even.
   RESTKV_HD constexpr explicit half(float value) noexcept : bits_(detail::float_to_half_bits(value)) {}
+  /// The number with these 16 bits.
   RESTKV_HD static constexpr half from_bits(std::uint16_t bits) noexcept {
     half h{};
     h.bits_ = bits;
     return h;
   }
+  /// The 16 bits.
   [[nodiscard]] RESTKV_HD constexpr std::uint16_t bits() const noexcept { return bits_; }
+  /// Exact.
   RESTKV_HD constexpr explicit operator float() const noexcept {
 #if defined(__FLT16_MANT_DIG__) && defined(__F16C__) && !defined(__CUDACC__)
     if (!std::is_constant_evaluated()) return static_cast<float>(std::bit_cast<_Float16>(bits_));
@@ -88,13 +92,17 @@ class half {
 class bfloat16 {
  public:
   bfloat16() = default;
+  /// Rounds to nearest, ties to even.
   RESTKV_HD constexpr explicit bfloat16(float value) noexcept : bits_(detail::float_to_bfloat16_bits(value)) {}
+  /// The number with these 16 bits.
   RESTKV_HD static constexpr bfloat16 from_bits(std::uint16_t bits) noexcept {
     bfloat16 b{};
     b.bits_ = bits;
     return b;
   }
+  /// The 16 bits.
   [[nodiscard]] RESTKV_HD constexpr std::uint16_t bits() const noexcept { return bits_; }
+  /// Exact.
   RESTKV_HD constexpr explicit operator float() const noexcept { return detail::bfloat16_bits_to_float(bits_); }
 
  private:

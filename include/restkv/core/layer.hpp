@@ -26,6 +26,7 @@ struct output_metric_view {
   /// lambda_r, descending, never negative. [query_heads, head_dim]
   tensor_view<const float, 2> spectrum{};
 
+  /// True where a layer was given no metric.
   [[nodiscard]] constexpr bool missing() const noexcept { return gram.data == nullptr; }
 };
 
@@ -35,7 +36,7 @@ struct output_metric_view {
 /// n equal to the token axis, row i is the query of token i instead (the engine's whole query tensor).
 template <element T, memory_space Space = memory_space::host>
 struct layer_view {
-  using value_type = T;
+  using value_type = T;  ///< of queries, keys and values
 
   tensor_view<const T, 4, Space> query{};          ///< [batch, query_heads, n, head_dim]
   chunked_tensor_view<const T, Space> key{};       ///< [batch, kv_heads, tokens, head_dim]
@@ -49,13 +50,13 @@ struct layer_view {
 
 /// The sizes a plan is made for. A layer may have fewer tokens than `tokens`, never more.
 struct problem_shape {
-  index_t batch = 1;
-  index_t query_heads = 0;
-  index_t kv_heads = 0;
-  index_t head_dim = 0;
-  index_t tokens = 0;  ///< longest sequence (token axis)
-  index_t layer = 0;   ///< index of this layer, for budgets that depend on depth
-  index_t layers = 1;  ///< number of layers of the model
+  index_t batch = 1;        ///< sequences
+  index_t query_heads = 0;  ///< a multiple of kv_heads
+  index_t kv_heads = 0;     ///< heads of the cache
+  index_t head_dim = 0;     ///< channels of a head
+  index_t tokens = 0;       ///< longest sequence (token axis)
+  index_t layer = 0;        ///< index of this layer, for budgets that depend on depth
+  index_t layers = 1;       ///< number of layers of the model
 
   /// Query heads per KV head.
   [[nodiscard]] constexpr index_t group() const noexcept { return kv_heads == 0 ? 0 : query_heads / kv_heads; }
@@ -76,10 +77,11 @@ template <element T, memory_space Space>
 
 /// The tokens of one sequence on the token axis: [begin, begin + length).
 struct sequence_span {
-  index_t begin = 0;
-  index_t length = 0;
+  index_t begin = 0;   ///< first real token
+  index_t length = 0;  ///< real tokens
 };
 
+/// Where sequence `batch` lies: by `lengths` and `pad`, the whole token axis without lengths.
 template <element T, memory_space Space>
 [[nodiscard]] constexpr sequence_span sequence(const layer_view<T, Space>& layer, index_t batch) noexcept {
   const index_t tokens = layer.key.extent(2);

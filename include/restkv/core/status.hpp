@@ -51,9 +51,14 @@ class [[nodiscard]] status {
     return s;
   }
 
+  ///@{
+  /// True when nothing went wrong.
   [[nodiscard]] constexpr bool ok() const noexcept { return code_ == errc::ok; }
   constexpr explicit operator bool() const noexcept { return ok(); }
+  ///@}
+  /// The kind of failure; errc::ok when there is none.
   [[nodiscard]] constexpr errc code() const noexcept { return code_; }
+  /// What is wrong, where, with both numbers; empty when nothing is.
   [[nodiscard]] constexpr const char* message() const noexcept { return text_; }
 
  private:
@@ -65,7 +70,9 @@ class [[nodiscard]] status {
 /// What the throwing wrappers throw; `code()` is the status's code, `what()` its message.
 class error : public std::runtime_error {
  public:
+  /// The exception of a failure.
   explicit error(const status& s) : std::runtime_error(s.message()), code_(s.code()) {}
+  /// The kind of failure.
   [[nodiscard]] errc code() const noexcept { return code_; }
 
  private:

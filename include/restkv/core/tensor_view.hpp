@@ -21,14 +21,14 @@ enum class memory_space { host, device };
 /// [batch, tokens, heads, head_dim] are the same view type with other strides. A stride of 0 repeats.
 template <class T, std::size_t Rank, memory_space Space = memory_space::host>
 struct tensor_view {
-  using element_type = T;
-  using value_type = std::remove_cv_t<T>;
-  static constexpr std::size_t rank = Rank;
-  static constexpr memory_space space = Space;
+  using element_type = T;                       ///< const where the elements are
+  using value_type = std::remove_cv_t<T>;       ///< never const
+  static constexpr std::size_t rank = Rank;     ///< number of axes
+  static constexpr memory_space space = Space;  ///< where the elements lie
 
-  T* data = nullptr;
-  std::array<index_t, Rank> extents{};
-  std::array<index_t, Rank> strides{};
+  T* data = nullptr;                    ///< the element at index 0 of every axis
+  std::array<index_t, Rank> extents{};  ///< elements along each axis
+  std::array<index_t, Rank> strides{};  ///< from one element of an axis to the next, in elements; may be negative
 
   constexpr tensor_view() = default;
 
@@ -41,6 +41,7 @@ struct tensor_view {
     }
   }
 
+  /// Any strides.
   constexpr tensor_view(T* pointer, const std::array<index_t, Rank>& sizes,
                         const std::array<index_t, Rank>& steps) noexcept
       : data(pointer), extents(sizes), strides(steps) {}
@@ -51,7 +52,9 @@ struct tensor_view {
   constexpr tensor_view(const tensor_view<U, Rank, Space>& other) noexcept  // NOLINT(google-explicit-constructor)
       : data(other.data), extents(other.extents), strides(other.strides) {}
 
+  /// Elements along an axis.
   [[nodiscard]] RESTKV_HD constexpr index_t extent(std::size_t axis) const noexcept { return extents[axis]; }
+  /// Elements from one index of an axis to the next.
   [[nodiscard]] RESTKV_HD constexpr index_t stride(std::size_t axis) const noexcept { return strides[axis]; }
 
   /// Number of elements; 0 when any extent is 0.
@@ -60,6 +63,7 @@ struct tensor_view {
     for (std::size_t axis = 0; axis < Rank; ++axis) n *= extents[axis];
     return n;
   }
+  /// True without elements or without memory.
   [[nodiscard]] RESTKV_HD constexpr bool empty() const noexcept { return data == nullptr || size() == 0; }
 
   /// Offset of an element from `data`, in elements.
@@ -80,6 +84,7 @@ struct tensor_view {
     return data[offset(index...)];
   }
 
+  /// True when every index lies within its extent.
   template <std::convertible_to<index_t>... Index>
     requires(sizeof...(Index) == Rank)
   [[nodiscard]] RESTKV_HD constexpr bool contains(Index... index) const noexcept {
@@ -123,14 +128,16 @@ struct tensor_view {
 
 /// The bytes a view can touch, [first, last); equal pointers for an empty view. For aliasing checks.
 struct byte_range {
-  const unsigned char* first = nullptr;
-  const unsigned char* last = nullptr;
+  const unsigned char* first = nullptr;  ///< the first byte
+  const unsigned char* last = nullptr;   ///< one behind the last byte
 
+  /// True when both have a byte in common; an empty range has none.
   [[nodiscard]] constexpr bool overlaps(const byte_range& other) const noexcept {
     return first != last && other.first != other.last && first < other.last && other.first < last;
   }
 };
 
+/// The bounds of the elements of a view, strides of either sign considered.
 template <class T, std::size_t Rank, memory_space Space>
 [[nodiscard]] byte_range touched_bytes(const tensor_view<T, Rank, Space>& view) noexcept {
   if (view.empty()) return {};
@@ -151,12 +158,14 @@ template <class T, std::size_t Rank, memory_space Space>
 template <class T, memory_space Space = memory_space::host>
 class chunked_tensor_view {
  public:
-  using view_type = tensor_view<T, 4, Space>;
-  using value_type = std::remove_cv_t<T>;
+  using view_type = tensor_view<T, 4, Space>;  ///< of one chunk
+  using value_type = std::remove_cv_t<T>;      ///< never const
 
   constexpr chunked_tensor_view() = default;
+  /// One chunk.
   constexpr chunked_tensor_view(const view_type& whole) noexcept  // NOLINT(google-explicit-constructor)
       : single_(whole), count_(1) {}
+  /// One chunk of mutable elements, to be read only.
   template <class U>
     requires(std::is_same_v<const U, T> && !std::is_same_v<U, T>)
   constexpr chunked_tensor_view(const tensor_view<U, 4, Space>& whole) noexcept  // NOLINT(google-explicit-constructor)
@@ -164,7 +173,9 @@ class chunked_tensor_view {
   /// `count` views, in token order.
   constexpr chunked_tensor_view(const view_type* chunks, index_t count) noexcept : chunks_(chunks), count_(count) {}
 
+  /// Number of chunks; 0 where there is no tensor.
   [[nodiscard]] constexpr index_t chunks() const noexcept { return count_; }
+  /// Chunk `i`, in token order.
   [[nodiscard]] constexpr const view_type& chunk(index_t i) const noexcept {
     return chunks_ != nullptr ? chunks_[i] : single_;
   }
@@ -176,6 +187,7 @@ class chunked_tensor_view {
     for (index_t i = 0; i < count_; ++i) tokens += chunk(i).extents[2];
     return tokens;
   }
+  /// True where there is no tensor at all.
   [[nodiscard]] constexpr bool missing() const noexcept { return count_ == 0; }
 
   /// The chunk that holds token `token`, as a view whose token axis starts at that token.

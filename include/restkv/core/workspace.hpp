@@ -31,6 +31,7 @@ class workspace {
     const auto misalignment = reinterpret_cast<std::uintptr_t>(data) % alignment;
     if (misalignment != 0) begin_ = alignment - misalignment;
   }
+  /// The same for a span.
   explicit workspace(std::span<std::byte> bytes) noexcept : workspace(bytes.data(), bytes.size()) {}
 
   /// `count` elements of T, aligned, not initialised. Null when counting, when count is 0, or when the rest is too
@@ -56,11 +57,13 @@ class workspace {
 
   /// Bytes asked for so far, alignment included.
   [[nodiscard]] constexpr std::size_t used() const noexcept { return used_; }
+  /// True for a workspace that only adds up.
   [[nodiscard]] constexpr bool counting() const noexcept { return counting_; }
 
   /// What a caller must own for the pieces taken so far, wherever their buffer starts.
   [[nodiscard]] constexpr std::size_t required_bytes() const noexcept { return used_ == 0 ? 0 : used_ + alignment; }
 
+  /// Fails when the buffer is too small for the pieces taken so far, or their size overflows; says both numbers.
   [[nodiscard]] status check() const noexcept {
     if (overflow_) return status::error(errc::invalid_argument, "the workspace size overflows 64 bits");
     if (!counting_ && too_small()) {

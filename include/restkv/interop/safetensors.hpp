@@ -38,15 +38,17 @@ enum class safetensors_dtype { f16, bf16, f32, f64, i8, i32, i64, u8, boolean };
 
 /// The name in a file, "F16", and bytes of one element.
 struct safetensors_dtype_facts {
-  safetensors_dtype dtype;
-  const char* name;
-  std::size_t bytes;
+  safetensors_dtype dtype;  ///< the element type
+  const char* name;         ///< as files spell it
+  std::size_t bytes;        ///< of one element
 };
+/// All of them, in the order of `safetensors_dtype`.
 inline constexpr safetensors_dtype_facts safetensors_dtypes[] = {
     {safetensors_dtype::f16, "F16", 2}, {safetensors_dtype::bf16, "BF16", 2}, {safetensors_dtype::f32, "F32", 4},
     {safetensors_dtype::f64, "F64", 8}, {safetensors_dtype::i8, "I8", 1},     {safetensors_dtype::i32, "I32", 4},
     {safetensors_dtype::i64, "I64", 8}, {safetensors_dtype::u8, "U8", 1},     {safetensors_dtype::boolean, "BOOL", 1}};
 
+/// Name and size of an element type.
 [[nodiscard]] constexpr const safetensors_dtype_facts& facts_of(safetensors_dtype dtype) noexcept {
   return safetensors_dtypes[static_cast<std::size_t>(dtype)];
 }
@@ -84,11 +86,11 @@ template <class T>
 
 /// One tensor of a file, checked.
 struct safetensors_entry {
-  std::string name;
-  safetensors_dtype dtype = safetensors_dtype::f32;
-  std::vector<index_t> shape;
-  std::size_t begin = 0;  ///< first byte, from the end of the header
-  std::size_t end = 0;    ///< one behind the last byte
+  std::string name;                                  ///< unique in its file
+  safetensors_dtype dtype = safetensors_dtype::f32;  ///< of the elements
+  std::vector<index_t> shape;                        ///< row-major extents
+  std::size_t begin = 0;                             ///< first byte, from the end of the header
+  std::size_t end = 0;                               ///< one behind the last byte
 
   /// "F16 [2, 160, 16]"
   [[nodiscard]] std::string description() const {
@@ -321,6 +323,7 @@ class safetensors_view {
                                      [](const safetensors_entry& e, std::string_view n) { return e.name < n; });
     return at != entries_.end() && at->name == name ? &*at : nullptr;
   }
+  /// The text under a key of `__metadata__`, or null.
   [[nodiscard]] const std::string* find_metadata(std::string_view key) const noexcept {
     const auto at = std::lower_bound(metadata_.begin(), metadata_.end(), key,
                                      [](const auto& entry, std::string_view k) { return entry.first < k; });
@@ -536,8 +539,11 @@ class safetensors_file : public safetensors_view {
 
   safetensors_file(const safetensors_file&) = delete;
   safetensors_file& operator=(const safetensors_file&) = delete;
+  ///@{
+  /// Views of the tensors stay valid: the bytes move with their owner.
   safetensors_file(safetensors_file&&) = default;
   safetensors_file& operator=(safetensors_file&&) = default;
+  ///@}
   ~safetensors_file() = default;
 
  private:

@@ -34,6 +34,7 @@ class safetensors_writer {
     tensors_[name] = {dtype, std::move(shape), std::move(bytes)};
   }
 
+  /// Adds a text under a key of `__metadata__`; one set under the same key before is replaced.
   void set_metadata(const std::string& key, std::string text) { metadata_[key] = std::move(text); }
 
   /// The whole file in memory: tensors with wider elements first, so that each is aligned, then by name; a header

@@ -11,8 +11,10 @@ namespace restkv {
 /// the same on every backend and thread count. 24 random bits, exact in float. The mixing function is the finaliser
 /// of SplitMix64 (Steele, Lea, Flood 2014).
 struct random_score {
-  std::uint64_t seed = 0;
+  std::uint64_t seed = 0;  ///< another seed draws other tokens
 
+  ///@{
+  /// See `token_score`.
   static constexpr feature needs = feature::none;
 
   template <std::floating_point Real>
@@ -24,6 +26,7 @@ struct random_score {
     state = mix(state ^ static_cast<std::uint64_t>(token.position));
     return static_cast<Real>(state >> 40) * static_cast<Real>(5.9604644775390625e-08);  // 2^-24
   }
+  ///@}
 
  private:
   [[nodiscard]] RESTKV_HD static constexpr std::uint64_t mix(std::uint64_t z) noexcept {

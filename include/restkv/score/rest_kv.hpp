@@ -21,11 +21,13 @@ namespace restkv {
 /// With metric::identity and the temporal smoother `mean` this is CAOTE (arXiv 2504.14051) over plain attention.
 /// Cost per token and query head: one row of the window's attention, one d x d product (pruned where possible).
 struct rest_kv {
-  query_order order = query_order::before;
-  restkv::metric metric_of_distance = restkv::metric::projection;
-  float tau = 1.0f;         ///< exponent of the distance, > 0
+  query_order order = query_order::before;                         ///< score each query, or the smoothed attention
+  restkv::metric metric_of_distance = restkv::metric::projection;  ///< through W_O, or not
+  float tau = 1.0f;                                                ///< exponent of the distance, > 0
   bool normalised = false;  ///< divide each query's score by ||W o||; a zero output divides by 1
 
+  ///@{
+  /// See `token_score`.
   static constexpr feature needs = feature::odds | feature::distance | feature::output_norm;
   static constexpr bool monotone_in_distance = true;
 
@@ -35,7 +37,9 @@ struct rest_kv {
     const Real scale = normalised && token.output_norm > 0 ? token.output_norm : Real(1);
     return token.odds * distance / scale;
   }
+  ///@}
 
+  /// Fails on a tau outside (0, 64].
   [[nodiscard]] status check() const noexcept {
     if (!(tau > 0.0f) || tau > 64.0f) {
       return status::error(errc::invalid_argument, "rest_kv.tau is %g, must be above 0 and at most 64", double{tau});

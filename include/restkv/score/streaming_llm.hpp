@@ -11,12 +11,15 @@ namespace restkv {
 /// this is StreamingLLM (arXiv 2309.17453). Needs neither queries, keys nor values. Positions are exact in float up to
 /// 2^24.
 struct streaming_llm {
+  ///@{
+  /// See `token_score`.
   static constexpr feature needs = feature::none;
 
   template <std::floating_point Real>
   [[nodiscard]] RESTKV_HD Real operator()(const token_features<Real>& token) const noexcept {
     return static_cast<Real>(token.position);
   }
+  ///@}
 };
 
 }  // namespace restkv

@@ -19,14 +19,18 @@ struct basic_kept_tokens {
   tensor_view<Position, 2> lengths{};    ///< [batch, heads]
 
   constexpr basic_kept_tokens() = default;
+  /// A view of positions and lengths in memory of your own.
   constexpr basic_kept_tokens(tensor_view<Position, 3> kept, tensor_view<Position, 2> counts) noexcept
       : positions(kept), lengths(counts) {}
+  /// A set that may be written is one that may be read.
   template <class U>
     requires std::is_same_v<const U, Position>
   constexpr basic_kept_tokens(const basic_kept_tokens<U>& other) noexcept  // NOLINT(google-explicit-constructor)
       : positions(other.positions), lengths(other.lengths) {}
 
+  /// Sequences.
   [[nodiscard]] constexpr index_t batch() const noexcept { return lengths.extent(0); }
+  /// Rows per sequence: KV heads, or query heads.
   [[nodiscard]] constexpr index_t heads() const noexcept { return lengths.extent(1); }
   /// Largest number of positions a head may hold.
   [[nodiscard]] constexpr index_t capacity() const noexcept { return positions.extent(2); }

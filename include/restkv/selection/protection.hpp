@@ -13,9 +13,10 @@ namespace restkv {
 /// the budget. Further positions are protected by the layer's `keep_mask`. A policy that observes a window of queries
 /// protects at least that window, because scores are not defined inside it.
 struct protection {
-  index_t sink = 0;
-  index_t recent = 32;
+  index_t sink = 0;     ///< first tokens
+  index_t recent = 32;  ///< last tokens
 
+  /// Fails on a negative number.
   [[nodiscard]] status check() const noexcept {
     constexpr index_t longest = std::numeric_limits<position_t>::max();
     if (sink < 0 || recent < 0 || sink > longest || recent > longest) {

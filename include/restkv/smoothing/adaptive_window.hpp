@@ -73,17 +73,19 @@ void block_mean(std::span<const Real> in, std::span<Real> out, token_reach windo
 /// in the older half, negated (`window_drift` computes it). A drift that is not finite counts as 0. Cost: one
 /// pass over the row for each token of the width up to `widest_direct_reach`, two passes in all beyond.
 struct adaptive_window {
-  int min_width = 5;      ///< tokens, odd; 21 was published for RULER and InfiniteBench
-  float scale = 2000.0f;  ///< tokens of drift per step of width and shift, > 0
-  drift_shift shift_rule = drift_shift::released;
+  int min_width = 5;                               ///< tokens, odd; 21 was published for RULER and InfiniteBench
+  float scale = 2000.0f;                           ///< tokens of drift per step of width and shift, > 0
+  drift_shift shift_rule = drift_shift::released;  ///< see drift_shift
 
-  static constexpr bool needs_drift = true;
+  static constexpr bool needs_drift = true;  ///< see `spatial_smoother`
 
+  /// k for a drift: odd, at least min_width.
   [[nodiscard]] index_t width(double drift) const noexcept {
     const double steps = std::floor(std::fabs(finite(drift)) / static_cast<double>(scale));
     return std::max<index_t>(min_width, 2 * static_cast<index_t>(std::min(steps, 1e9)) + 1);
   }
 
+  /// s for a drift.
   [[nodiscard]] index_t shift(double drift) const noexcept {
     const double steps = std::clamp(finite(drift) / static_cast<double>(scale), -1e9, 1e9);
     if (shift_rule == drift_shift::centred) return static_cast<index_t>(std::trunc(steps));
@@ -91,6 +93,7 @@ struct adaptive_window {
     return steps > 0 ? floored : floored + 1;
   }
 
+  /// See `spatial_smoother`.
   template <std::floating_point Real>
   void operator()(std::span<const Real> in, std::span<Real> out, const row_context& row) const noexcept {
     const auto length = static_cast<index_t>(in.size());
@@ -110,6 +113,7 @@ struct adaptive_window {
     return {centre - half, centre + half};
   }
 
+  /// Fails on a width that is even or below 1 and on a scale that is not above 0.
   [[nodiscard]] status check() const noexcept {
     if (min_width < 1 || min_width % 2 == 0) {
       return status::error(errc::invalid_argument, "adaptive_window.min_width is %d, must be odd and at least 1",

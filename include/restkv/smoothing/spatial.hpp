@@ -17,13 +17,13 @@ namespace restkv {
 /// What a spatial smoother may know about the row: the drift of the head's attention (see adaptive_window), 0 for
 /// smoothers that do not ask for it.
 struct row_context {
-  double drift = 0;
+  double drift = 0;  ///< in tokens
 };
 
 /// The tokens that out[n] depends on: in[clamp(n + first)] .. in[clamp(n + last)].
 struct token_reach {
-  index_t first = 0;
-  index_t last = 0;
+  index_t first = 0;  ///< relative to n
+  index_t last = 0;   ///< relative to n, included
 };
 
 namespace detail {
@@ -49,6 +49,7 @@ concept monotone_spatial_smoother = spatial_smoother<S> && requires(const S& smo
   { smoother.reach(row) } -> std::convertible_to<token_reach>;
 };
 
+/// True when the smoother asks for the drift.
 template <spatial_smoother S>
 [[nodiscard]] constexpr bool needs_drift() noexcept {
   if constexpr (requires { S::needs_drift; }) return S::needs_drift;
@@ -64,11 +65,14 @@ template <spatial_smoother S>
 
 /// No spatial smoothing: out = in.
 struct no_pool {
+  ///@{
+  /// See `monotone_spatial_smoother`.
   template <std::floating_point Real>
   void operator()(std::span<const Real> in, std::span<Real> out, const row_context&) const noexcept {
     std::copy(in.begin(), in.end(), out.begin());
   }
   [[nodiscard]] constexpr token_reach reach(const row_context&) const noexcept { return {0, 0}; }
+  ///@}
 };
 
 namespace detail {
@@ -121,11 +125,15 @@ void shifted_row_sum(std::span<const Real> in, std::span<Real> out, token_reach 
 struct average_pool {
   int width = 5;  ///< tokens, odd
 
+  ///@{
+  /// See `monotone_spatial_smoother`.
   template <std::floating_point Real>
   void operator()(std::span<const Real> in, std::span<Real> out, const row_context& row) const noexcept {
     detail::shifted_row_sum(in, out, reach(row), Real(1) / static_cast<Real>(width), false);
   }
   [[nodiscard]] constexpr token_reach reach(const row_context&) const noexcept { return {-(width / 2), width / 2}; }
+  ///@}
+  /// Fails on a width that is even or below 1.
   [[nodiscard]] status check() const noexcept { return detail::check_pool_width("average_pool", width); }
 };
 
@@ -133,6 +141,8 @@ struct average_pool {
 struct max_pool {
   int width = 7;  ///< tokens, odd
 
+  ///@{
+  /// See `monotone_spatial_smoother`.
   template <std::floating_point Real>
   void operator()(std::span<const Real> in, std::span<Real> out, const row_context&) const noexcept {
     const auto length = static_cast<index_t>(in.size());
@@ -148,6 +158,8 @@ struct max_pool {
     }
   }
   [[nodiscard]] constexpr token_reach reach(const row_context&) const noexcept { return {-(width / 2), width / 2}; }
+  ///@}
+  /// Fails on a width that is even or below 1.
   [[nodiscard]] status check() const noexcept { return detail::check_pool_width("max_pool", width); }
 };
 

@@ -50,6 +50,8 @@ template <class S, std::floating_point Real>
 
 /// The mean over the window's queries.
 struct mean {
+  ///@{
+  /// See `linear_temporal_smoother`.
   static constexpr bool monotone = true;
 
   [[nodiscard]] constexpr double weight(int, int count) const noexcept { return 1.0 / count; }
@@ -57,10 +59,13 @@ struct mean {
   [[nodiscard]] constexpr Real operator()(std::span<const Real> rows) const noexcept {
     return detail::weighted_rows(*this, rows);
   }
+  ///@}
 };
 
 /// The sum over the window's queries: the mean up to a factor, so it keeps the same tokens (SnapKV's release).
 struct sum {
+  ///@{
+  /// See `linear_temporal_smoother`.
   static constexpr bool monotone = true;
 
   [[nodiscard]] constexpr double weight(int, int) const noexcept { return 1.0; }
@@ -68,6 +73,7 @@ struct sum {
   [[nodiscard]] constexpr Real operator()(std::span<const Real> rows) const noexcept {
     return detail::weighted_rows(*this, rows);
   }
+  ///@}
 };
 
 /// Exponential moving average, oldest to newest: acc = row 0; acc = alpha * row + (1 - alpha) * acc (ReST-KV, section
@@ -75,6 +81,8 @@ struct sum {
 struct ema {
   float alpha = 0.3f;  ///< weight of the newest row, in (0, 1]
 
+  ///@{
+  /// See `linear_temporal_smoother`.
   static constexpr bool monotone = true;
 
   [[nodiscard]] double weight(int i, int count) const noexcept {
@@ -85,6 +93,8 @@ struct ema {
   [[nodiscard]] Real operator()(std::span<const Real> rows) const noexcept {
     return detail::weighted_rows(*this, rows);
   }
+  ///@}
+  /// Fails on an alpha outside (0, 1].
   [[nodiscard]] status check() const noexcept {
     if (!(alpha > 0.0f && alpha <= 1.0f)) {
       return status::error(errc::invalid_argument, "ema.alpha is %g, must be above 0 and at most 1", double{alpha});
@@ -95,6 +105,8 @@ struct ema {
 
 /// The newest query alone.
 struct last {
+  ///@{
+  /// See `linear_temporal_smoother`.
   static constexpr bool monotone = true;
 
   [[nodiscard]] constexpr double weight(int i, int count) const noexcept { return i + 1 == count ? 1.0 : 0.0; }
@@ -102,10 +114,13 @@ struct last {
   [[nodiscard]] constexpr Real operator()(std::span<const Real> rows) const noexcept {
     return rows.empty() ? Real(0) : rows.back();
   }
+  ///@}
 };
 
 /// The largest value over the window's queries; NaN if any is NaN. Not linear.
 struct maximum {
+  ///@{
+  /// See `monotone_temporal_smoother`.
   static constexpr bool monotone = true;
 
   template <std::floating_point Real>
@@ -115,6 +130,7 @@ struct maximum {
     for (const Real value : rows) largest = value > largest || value != value ? value : largest;
     return largest;
   }
+  ///@}
 };
 
 }  // namespace restkv

@@ -25,9 +25,11 @@ class owned_kept_tokens {
   [[nodiscard]] kept_tokens kept() noexcept {
     return {{positions_.data(), {batch_, heads_, capacity_}}, {lengths_.data(), {batch_, heads_}}};
   }
+  /// To be read. Valid as long as this object lives and is not assigned to.
   [[nodiscard]] const_kept_tokens kept() const noexcept {
     return {{positions_.data(), {batch_, heads_, capacity_}}, {lengths_.data(), {batch_, heads_}}};
   }
+  /// The same, to be read.
   operator const_kept_tokens() const noexcept { return kept(); }  // NOLINT(google-explicit-constructor)
 
  private:

@@ -39,8 +39,11 @@ class output_errors {
  public:
   output_errors() = default;
 
+  /// Sequences.
   [[nodiscard]] index_t batch() const noexcept { return batch_; }
+  /// Query heads.
   [[nodiscard]] index_t query_heads() const noexcept { return heads_; }
+  /// Rows of each table.
   [[nodiscard]] index_t queries() const noexcept { return queries_; }
   /// Rows that sequence `b` has, the last of `queries()`.
   [[nodiscard]] index_t rows(index_t b) const noexcept { return rows_[static_cast<std::size_t>(b)]; }
