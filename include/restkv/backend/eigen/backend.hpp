@@ -103,8 +103,8 @@ class eigen_backend {
       const index_t b = unit / request.heads();
       const index_t row = unit % request.heads();
       eigen::score_row(request, layer, b, row, sequence(layer, b),
-                       states.data == nullptr ? nullptr : &states(b, row, 0), scratch.factors, scratch.slot(slot),
-                       scratch.states, &out(b, row, 0));
+                       states[b][row].data, scratch.factors, scratch.slot(slot),
+                       scratch.states, out[b][row].data);
     });
     return {};
   }
