@@ -46,7 +46,8 @@ std::vector<std::string> notes(const comparison_view& view) {
       "outputs; mean of the layers. Worst query: the largest of the single queries' relative errors, of all layers.",
       fmt::format("Budgets are tokens for each of the {} query heads, window included; a policy with one kept set per "
                   "KV head keeps {} times as many in each, which takes the same bytes.",
-                  shape.query_heads, shape.group())};
+                  shape.query_heads, shape.group()),
+      "Bytes: keys and values kept in all compared layers, in 16 bits."};
   for (const policy_facts& policy : view.result.policies) {
     if (!policy.seeded || view.request.seeds == 1) continue;
     texts.push_back(fmt::format("Random policies: mean of {} seeds from {}.", view.request.seeds, view.request.seed));

@@ -32,6 +32,12 @@
     return layer === 'all' ? result : result.layers.find((entry) => String(entry.layer) === layer) || null;
   };
 
+  // An error as a multiple of the baseline's; null where that is missing or 0.
+  const ratio_of = (budget, layer, figure, error) => {
+    const figures = figures_of(data.baseline, budget, layer);
+    return figures && figures[figure] > 0 ? error / figures[figure] : null;
+  };
+
   const fill_header = () => {
     const trace = data.trace;
     document.getElementById('summary').textContent =
@@ -42,42 +48,6 @@
     const entries = [['file', trace.file], ...Object.entries(trace.metadata)];
     for (const [key, text] of entries) facts.append(element('dt', key), element('dd', text));
     document.getElementById('made-by').textContent = `Made by ${data.program}.`;
-  };
-
-  const fill_table = () => {
-    const table = document.getElementById('figures');
-    const head = element('thead', '');
-    const top = element('tr', '');
-    const second = element('tr', '');
-    top.append(element('th', 'tokens per query head'));
-    second.append(element('th', 'policy'));
-    for (const budget of data.budgets) {
-      top.append(element('th', String(budget), {colSpan: 4, className: 'begin'}));
-      second.append(element('th', 'bytes', {className: 'begin'}), element('th', 'error'), element('th', 'worst'),
-        element('th', 'ratio'));
-    }
-    head.append(top, second);
-    const body = element('tbody', '');
-    for (const policy of data.policies) {
-      const row = element('tr', '');
-      row.append(element('td', policy.name, {title: policy.description}));
-      for (const budget of data.budgets) {
-        const result = find_result(policy.name, budget);
-        const failed = !result || result.error;
-        row.append(element('td', failed ? '–' : bytes_text(result.bytes), {className: 'begin'}),
-          element('td', failed ? '–' : digits(result.mean)), element('td', failed ? '–' : digits(result.worst)),
-          element('td', failed ? '–' : times(result.ratio), {className: 'ratio'}));
-      }
-      body.append(row);
-    }
-    table.append(head, body);
-    document.getElementById('table-note').textContent =
-      [...data.notes, `Ratio: the error as a multiple of that of ${data.baseline}.`].join(' ');
-    const problems = document.getElementById('problems');
-    for (const result of data.results) {
-      if (result.error) problems.append(element('li', `${result.policy} at ${result.budget}: ${result.error}`));
-    }
-    problems.hidden = problems.childElementCount === 0;
   };
 
   // ---- controls --------------------------------------------------------------------------------------------------
@@ -94,6 +64,49 @@
   };
 
   const layer_options = data.trace.layers.map((layer) => [String(layer), 'layer ' + layer]);
+
+  // ---- figures ---------------------------------------------------------------------------------------------------
+
+  const any_layer = [['all', 'all layers'], ...layer_options];
+  const table_layer = add_select(document.getElementById('table-controls'), 'in', any_layer, 'all', () => fill_table());
+
+  const fill_table = () => {
+    const head = element('thead', '');
+    const top = element('tr', '');
+    const second = element('tr', '');
+    top.append(element('th', 'tokens per query head'));
+    second.append(element('th', 'policy'));
+    for (const budget of data.budgets) {
+      top.append(element('th', String(budget), {colSpan: 4, className: 'begin'}));
+      second.append(element('th', 'bytes', {className: 'begin'}), element('th', 'error'), element('th', 'worst'),
+        element('th', 'ratio'));
+    }
+    head.append(top, second);
+    const body = element('tbody', '');
+    for (const policy of data.policies) {
+      const row = element('tr', '');
+      row.append(element('td', policy.name, {title: policy.description}));
+      for (const budget of data.budgets) {
+        const figures = figures_of(policy.name, budget, table_layer.value);
+        const ratio = figures && ratio_of(budget, table_layer.value, 'mean', figures.mean);
+        const texts = figures === null ? ['–', '–', '–', '–'] : [
+          bytes_text(find_result(policy.name, budget).bytes), digits(figures.mean), digits(figures.worst), times(ratio)];
+        row.append(...texts.map((text, i) => element('td', text, {className: ['begin', '', '', 'ratio'][i]})));
+      }
+      body.append(row);
+    }
+    document.getElementById('figures').replaceChildren(head, body);
+  };
+
+  const fill_notes = () => {
+    document.getElementById('table-note').textContent =
+      [...data.notes, `Ratio: the error as a multiple of that of ${data.baseline}.`].join(' ');
+    const problems = document.getElementById('problems');
+    for (const result of data.results) {
+      if (result.error) problems.append(element('li', `${result.policy} at ${result.budget}: ${result.error}`));
+    }
+    problems.hidden = problems.childElementCount === 0;
+  };
 
   // ---- error against bytes ---------------------------------------------------------------------------------------
 
@@ -114,7 +127,7 @@
   const redraw_error = () => draw_error();
   const error_figure = add_select(error_controls, 'error',
     [['mean', 'over all queries'], ['worst', 'of the worst query']], 'mean', redraw_error);
-  const error_layer = add_select(error_controls, 'in', [['all', 'all layers'], ...layer_options], 'all', redraw_error);
+  const error_layer = add_select(error_controls, 'in', any_layer, 'all', redraw_error);
   let error_chart = null;
   const hidden = new Set();
 
@@ -125,7 +138,10 @@
       const figures = figures_of(policy.name, budget, error_layer.value);
       const error = figures ? figures[error_figure.value] : null;
       // A logarithmic axis has no 0: where everything is kept there is no point.
-      if (error > 0) points.push({x: result.bytes, y: error, budget, ratio: ratio_of(budget, error)});
+      if (error > 0) {
+        const ratio = ratio_of(budget, error_layer.value, error_figure.value, error);
+        points.push({x: result.bytes, y: error, budget, ratio});
+      }
     }
     const colour = colour_of(policy.name);
     return {
@@ -134,12 +150,6 @@
       pointStyle: policy.heads === 'query' ? 'rectRot' : 'circle', hidden: hidden.has(policy.name),
     };
   };
-  const ratio_of = (budget, error) => {
-    const figures = figures_of(data.baseline, budget, error_layer.value);
-    const base = figures ? figures[error_figure.value] : null;
-    return base > 0 ? error / base : null;
-  };
-
   const draw_error = () => {
     if (!plots) return;
     const datasets = drawn.map(error_dataset);
@@ -346,6 +356,7 @@
 
   fill_header();
   fill_table();
+  fill_notes();
   const draw_plots = () => {
     if (plots) Chart.defaults.font.family = getComputedStyle(document.body).fontFamily;
     draw_error();
