@@ -47,48 +47,57 @@ double difference(double a, double b) {
 
 }  // namespace
 
-void comparison::note(const std::string& name) {
+void comparison::compared(const std::string& name) {
   const std::string last = name.substr(name.rfind('.') + 1);
-  auto& compared = outcome_.compared;
-  if (std::find(compared.begin(), compared.end(), last) == compared.end()) compared.push_back(last);
+  auto& all = outcome_.compared;
+  if (std::find(all.begin(), all.end(), last) == all.end()) all.push_back(last);
 }
 
-void comparison::mismatch(const std::string& sentence) {
-  outcome_.mismatches.push_back(fmt::format("{}{}: {}", label_.empty() ? "" : label_ + " ", name_of(backend_), sentence));
+std::string comparison::labelled(const std::string& sentence) const {
+  return fmt::format("{}: {}", name_of(backend_), sentence);
 }
 
-void comparison::floats(const known_tensor<float>& known, const std::vector<double>& ours, index_t our_columns) {
-  note(known.name);
+void comparison::mismatch(const std::string& sentence) { outcome_.mismatches.push_back(labelled(sentence)); }
+
+void comparison::floats(const known_tensor<float>& known, const std::vector<double>& ours, index_t our_columns,
+                        const std::function<const std::vector<double>&()>& rounding) {
+  compared(known.name);
   if (known.columns < our_columns) {
     mismatch(fmt::format("{} has {} columns, {} were computed", known.name, known.columns, our_columns));
     return;
   }
-  double worst = 0;
-  index_t worst_row = 0;
-  for (index_t r = 0; r < known.rows; ++r) {
-    double largest = 0;
-    double error = 0;
-    for (index_t c = 0; c < our_columns; ++c) {
-      const auto expected = static_cast<double>(known.row(r)[c]);
-      largest = std::max(largest, std::abs(expected));
-      error = std::max(error, difference(expected, ours[static_cast<std::size_t>(r * our_columns + c)]));
+  // Largest difference beyond what is allowed for each element, relative to the row's maximum; and its row.
+  const auto worst_row = [&](const std::vector<double>* allowed) {
+    std::pair<double, index_t> worst{0, 0};
+    for (index_t r = 0; r < known.rows; ++r) {
+      double largest = 0;
+      double error = 0;
+      for (index_t c = 0; c < our_columns; ++c) {
+        const auto at = static_cast<std::size_t>(r * our_columns + c);
+        const auto expected = static_cast<double>(known.row(r)[c]);
+        largest = std::max(largest, std::abs(expected));
+        error = std::max(error, difference(expected, ours[at]) - (allowed == nullptr ? 0 : (*allowed)[at]));
+      }
+      worst = std::max(worst, {error == 0 ? 0 : error / largest, r},
+                       [](const auto& a, const auto& b) { return a.first < b.first; });
     }
-    const double relative = error == 0 ? 0 : error / largest;
-    if (relative > worst) {
-      worst = relative;
-      worst_row = r;
-    }
-  }
+    return worst;
+  };
+  const auto [error, row] = worst_row(nullptr);
   auto& noted = outcome_.largest_error[static_cast<std::size_t>(backend_)];
-  noted = std::max(noted.value_or(0), worst);
-  if (!(worst <= tolerance_)) {
-    mismatch(fmt::format("{} of row {} differs by {:.3g} of the row's maximum, {:g} is allowed", known.name, worst_row,
-                         worst, tolerance_));
+  noted = std::max(noted.value_or(0), error);
+  if (error <= tolerance_) return;
+  const std::string sentence =
+      fmt::format("{} of row {} differs by {:.3g} of the row's maximum", known.name, row, error);
+  if (rounding && worst_row(&rounding()).first <= tolerance_) {
+    outcome_.notes.push_back(labelled(sentence + ", within the rounding of known scores that come from a / (1 - a) in float"));
+    return;
   }
+  mismatch(fmt::format("{}, {:g} is allowed", sentence, tolerance_));
 }
 
 void comparison::equal_floats(const known_tensor<float>& known, const std::vector<double>& ours) {
-  note(known.name);
+  compared(known.name);
   for (std::size_t i = 0; i < known.elements.size(); ++i) {
     const auto expected = static_cast<double>(known.elements[i]);
     if (!(difference(expected, ours[i]) <= 1e-5 * std::max(1.0, std::abs(expected)))) {
@@ -99,7 +108,7 @@ void comparison::equal_floats(const known_tensor<float>& known, const std::vecto
 }
 
 void comparison::equal_numbers(const known_tensor<std::int32_t>& known, const std::vector<std::int32_t>& ours) {
-  note(known.name);
+  compared(known.name);
   for (std::size_t i = 0; i < known.elements.size(); ++i) {
     if (known.elements[i] != ours[i]) {
       mismatch(fmt::format("{} of row {} is {}, {} was computed", known.name, i, known.elements[i], ours[i]));
@@ -110,7 +119,7 @@ void comparison::equal_numbers(const known_tensor<std::int32_t>& known, const st
 
 void comparison::kept_sets(const known_tensor<std::int32_t>& known, const selection& ours,
                            const std::vector<double>& score, std::optional<double> margin) {
-  note(known.name);
+  compared(known.name);
   for (index_t h = 0; h < known.rows; ++h) {
     std::vector<position_t> expected(known.row(h), known.row(h) + known.columns);
     std::sort(expected.begin(), expected.end());
@@ -139,6 +148,15 @@ void comparison::kept_sets(const known_tensor<std::int32_t>& known, const select
     mismatch(fmt::format("{} of row {} differs in {} tokens, among them {} (scores {:.6g} to {:.6g})", known.name, h,
                          differing.size() / 2, differing.front(), score_of(*lowest), score_of(*highest)));
     return;
+  }
+}
+
+void comparison::without_scores(const selection& ours, const selection& kept_only) {
+  for (index_t h = 0; h < ours.heads; ++h) {
+    if (ours.kept_of(h) != kept_only.kept_of(h)) {
+      mismatch(fmt::format("head {} keeps other tokens when its scores are not shown", h));
+      return;
+    }
   }
 }
 

@@ -7,6 +7,7 @@
 
 #include <restkv/interop/safetensors.hpp>
 
+#include <functional>
 #include <optional>
 #include <string>
 #include <vector>
@@ -37,6 +38,7 @@ struct file_outcome {
   std::vector<std::string> compared;                   ///< names of tensors, each once
   std::array<std::optional<double>, 2> largest_error;  ///< by backend_kind: of a row of floats, relative to its maximum
   std::vector<std::string> mismatches;                 ///< sentences
+  std::vector<std::string> notes;                      ///< differences that are explained, sentences
   std::string unusable;                                ///< why the file could not be compared; empty where it could
 
   [[nodiscard]] bool ok() const noexcept { return mismatches.empty() && unusable.empty(); }
@@ -45,13 +47,14 @@ struct file_outcome {
 /// Compares what one backend computed, and notes it in a file's outcome.
 class comparison {
  public:
-  /// `label` begins every mismatch: what was run, where a file holds several problems.
-  comparison(file_outcome& outcome, backend_kind backend, double tolerance, std::string label = "")
-      : outcome_(outcome), backend_(backend), tolerance_(tolerance), label_(std::move(label)) {}
+  comparison(file_outcome& outcome, backend_kind backend, double tolerance)
+      : outcome_(outcome), backend_(backend), tolerance_(tolerance) {}
 
   /// Every row within `tolerance` of its largest magnitude. `ours` is [rows, our_columns]; columns of `known` beyond
-  /// those are not looked at.
-  void floats(const known_tensor<float>& known, const std::vector<double>& ours, index_t our_columns);
+  /// those are not looked at. Where a row differs by more, `rounding` is asked for what the known results may be off by
+  /// themselves, [rows, our_columns], and that is allowed on top.
+  void floats(const known_tensor<float>& known, const std::vector<double>& ours, index_t our_columns,
+              const std::function<const std::vector<double>&()>& rounding = {});
 
   /// Numbers equal but for the rounding of float.
   void equal_floats(const known_tensor<float>& known, const std::vector<double>& ours);
@@ -64,14 +67,19 @@ class comparison {
   void kept_sets(const known_tensor<std::int32_t>& known, const selection& ours, const std::vector<double>& score,
                  std::optional<double> margin);
 
-  void note(const std::string& name);
+  /// The tokens that a selection kept when it had no scores to show.
+  void without_scores(const selection& ours, const selection& kept_only);
+
+  /// Notes that a tensor was compared.
+  void compared(const std::string& name);
   void mismatch(const std::string& sentence);
 
  private:
+  [[nodiscard]] std::string labelled(const std::string& sentence) const;
+
   file_outcome& outcome_;
   backend_kind backend_;
   double tolerance_;
-  std::string label_;
 };
 
 }  // namespace restkv::cli

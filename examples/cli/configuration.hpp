@@ -94,15 +94,17 @@ struct configuration {
   [[nodiscard]] bool observes() const noexcept {
     return method != method_kind::streamingllm && method != method_kind::random;
   }
-  /// True when distances are measured through W_O.
-  [[nodiscard]] bool measures_through_wo() const noexcept {
-    return (method == method_kind::restkv || method == method_kind::caote) && use_wo;
+  /// True for methods whose score is the odds of the attention times a distance.
+  [[nodiscard]] bool scores_odds() const noexcept {
+    return method == method_kind::restkv || method == method_kind::caote;
   }
+  /// True when distances are measured through W_O.
+  [[nodiscard]] bool measures_through_wo() const noexcept { return scores_odds() && use_wo; }
   [[nodiscard]] budget_size size() const noexcept {
     if (compression_ratio == 0.0) return budget;
     return budget_size::keep_ratio(1.0 - compression_ratio);
   }
-  /// Query heads per row of scores for a group of this many.
+  /// True for one kept set a query head.
   [[nodiscard]] bool per_query_head() const noexcept { return group == group_reduce::none; }
 };
 

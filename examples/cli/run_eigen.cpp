@@ -5,15 +5,10 @@
 
 namespace restkv::cli {
 
-std::vector<position_t> selection::kept_past(index_t head) const {
-  const position_t* const first = kept().positions.data + head * kept().capacity();
-  const position_t* const last = first + lengths[static_cast<std::size_t>(head)];
-  return {first, std::lower_bound(first, last, static_cast<position_t>(past))};
-}
-
-selection run_eigen(const configuration& c, const layer_view<float>& layer, int threads, const std::string& where) {
+selection run_eigen(const configuration& c, const layer_view<float>& layer, int threads, const std::string& where,
+                    inspection what) {
   eigen_backend backend(threads);
-  return run_policy(backend, c, layer, where);
+  return run_policy(backend, c, layer, where, what);
 }
 
 }  // namespace restkv::cli

@@ -5,6 +5,8 @@
 
 #include <nlohmann/json.hpp>
 
+#include <cmath>
+
 namespace restkv::cli {
 
 namespace {
@@ -41,12 +43,28 @@ std::string scoring_part(const configuration& c) {
   return keys.dump();
 }
 
+/// rest_kv times what its rounding depends on.
+struct rounding_score : rest_kv {
+  double unit = 0;  ///< relative error of a
+
+  template <std::floating_point Real>
+  [[nodiscard]] Real operator()(const token_features<Real>& token) const noexcept {
+    return rest_kv::operator()(token) * static_cast<Real>(unit) * (1 + token.odds);
+  }
+};
+
 }  // namespace
 
 selection run_reference(const configuration& c, const layer_view<float>& layer, score_memory& memory,
                         const std::string& where) {
   remembering_reference backend(memory[scoring_part(c)]);
   return run_policy(backend, c, layer, where);
+}
+
+selection rounding_of_release(const configuration& c, const layer_view<float>& layer, const std::string& where) {
+  const double unit = 0x1p-24 * std::sqrt(static_cast<double>(layer.key.extent(2)));
+  reference_backend backend;
+  return run_score(backend, c, rounding_score{rest_kv_of(c), unit}, layer, where);
 }
 
 }  // namespace restkv::cli

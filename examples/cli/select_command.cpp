@@ -9,7 +9,6 @@
 #include "set_error.hpp"
 
 #include <restkv/interop/safetensors_writer.hpp>
-#include <restkv/smoothing/adaptive_window.hpp>
 
 #include <CLI/CLI.hpp>
 #include <fmt/format.h>
@@ -65,15 +64,10 @@ void add_tensors(safetensors_writer& out, const selection& chosen, const configu
   out.add("indices", tensor_view<const position_t, 2>(indices.data(), {chosen.heads, static_cast<index_t>(longest)}));
 
   if (c.spatial != spatial_kind::adaptive) return;
-  const adaptive_window window{.min_width = c.kernel, .scale = c.scale, .shift_rule = c.shift_rule};
-  std::vector<std::int32_t> widths, shifts;
-  for (const double drift : chosen.drift) {
-    widths.push_back(static_cast<std::int32_t>(window.width(drift)));
-    shifts.push_back(static_cast<std::int32_t>(window.shift(drift)));
-  }
+  const adaptive_windows windows(c, chosen.drift);
   const std::vector<float> drifts = converted<float>(chosen.drift);
-  out.add("kernel", tensor_view<const std::int32_t, 1>(widths.data(), {chosen.heads}));
-  out.add("shift", tensor_view<const std::int32_t, 1>(shifts.data(), {chosen.heads}));
+  out.add("kernel", tensor_view<const std::int32_t, 1>(windows.kernel.data(), {chosen.heads}));
+  out.add("shift", tensor_view<const std::int32_t, 1>(windows.shift.data(), {chosen.heads}));
   out.add("drift", tensor_view<const float, 1>(drifts.data(), {chosen.heads}));
 }
 

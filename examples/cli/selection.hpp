@@ -28,8 +28,18 @@ struct selection {
     const index_t capacity = heads == 0 ? 0 : static_cast<index_t>(positions.size()) / heads;
     return {{positions.data(), {1, heads, capacity}}, {lengths.data(), {1, heads}}};
   }
-  /// The kept positions of one head that lie before the window, ascending.
+  /// The kept positions of one head, ascending.
+  [[nodiscard]] std::vector<position_t> kept_of(index_t head) const;
+  /// Those that lie before the window.
   [[nodiscard]] std::vector<position_t> kept_past(index_t head) const;
+};
+
+/// What the adaptive window made of each row's drift.
+struct adaptive_windows {
+  std::vector<std::int32_t> kernel;  ///< widths
+  std::vector<std::int32_t> shift;
+
+  adaptive_windows(const configuration& c, const std::vector<double>& drifts);
 };
 
 /// The arithmetic that a selection runs on.
@@ -43,10 +53,21 @@ struct names<backend_kind> {
 /// that budgets and smoothings can be compared without scoring again.
 using score_memory = std::map<std::string, std::vector<double>>;
 
+/// Whether a selection shows its scores. Without them a backend may leave out what cannot change the kept set, as it does
+/// in an engine.
+enum class inspection { scores, kept_only };
+
 /// Each throws input_error, beginning with `where`, when the policy cannot be run on the layer.
 [[nodiscard]] selection run_eigen(const configuration& c, const layer_view<float>& layer, int threads,
-                                  const std::string& where);
+                                  const std::string& where, inspection what = inspection::scores);
 [[nodiscard]] selection run_reference(const configuration& c, const layer_view<float>& layer, score_memory& memory,
                                       const std::string& where);
+
+/// How far scores that were computed in float from a / (1 - a), as the release computes them, may lie from the exact ones.
+/// a is a quotient of sums over `tokens` exponentials: its rounding grows as their square root. Near 1 it is all that is
+/// left of 1 - a, so that the relative error of a score is 2^-24 sqrt(tokens) (1 + odds). In `score`, and in `smoothed`
+/// what spatial smoothing makes of it. For a configuration with `scores_odds()`.
+[[nodiscard]] selection rounding_of_release(const configuration& c, const layer_view<float>& layer,
+                                            const std::string& where);
 
 }  // namespace restkv::cli

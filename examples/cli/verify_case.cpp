@@ -4,8 +4,6 @@
 #include "set_error.hpp"
 #include "verify.hpp"
 
-#include <restkv/smoothing/adaptive_window.hpp>
-
 #include <fmt/format.h>
 
 #include <algorithm>
@@ -45,7 +43,7 @@ std::optional<double> margin_of(const safetensors_file& file) {
 /// StreamingLLM has no scores to compare: the known ones are 1 for kept tokens and 0 for others.
 void compare_marked_tokens(const case_problem& problem, const selection& chosen, comparison& compare) {
   const known_tensor<float> known = problem.known<float>("score", problem.layer.key.extent(1));
-  compare.note(known.name);
+  compare.compared(known.name);
   const const_kept_tokens kept = chosen.kept();
   for (index_t h = 0; h < std::min(known.rows, kept.heads()); ++h) {
     std::vector<float> marks(static_cast<std::size_t>(known.columns));
@@ -96,24 +94,29 @@ void compare_selection(const case_problem& problem, const selection& chosen, com
     return;
   }
   std::vector<double> ranking = chosen.smoothed;
-  if (problem.has("score")) compare.floats(problem.known<float>("score", chosen.heads), chosen.score, chosen.past);
+  std::optional<selection> rounding;
+  const auto rounding_of = [&](std::vector<double> selection::* which) -> std::function<const std::vector<double>&()> {
+    if (!c.scores_odds()) return {};
+    return [&problem, &rounding, which]() -> const std::vector<double>& {
+      if (!rounding) rounding = rounding_of_release(problem.c, problem.layer, problem.path);
+      return (*rounding).*which;
+    };
+  };
+  if (problem.has("score")) {
+    compare.floats(problem.known<float>("score", chosen.heads), chosen.score, chosen.past, rounding_of(&selection::score));
+  }
   if (problem.has("smoothed")) {
     const known_tensor<float> known = problem.known<float>("smoothed", chosen.heads);
-    compare.floats(known, chosen.smoothed, chosen.past);
+    compare.floats(known, chosen.smoothed, chosen.past, rounding_of(&selection::smoothed));
     if (known.columns == chosen.past) ranking.assign(known.elements.begin(), known.elements.end());
   }
   if (problem.has("indices")) {
     compare.kept_sets(problem.known<std::int32_t>("indices", chosen.heads), chosen, ranking, margin_of(problem.file));
   }
   if (problem.has("drift")) compare.equal_floats(problem.known<float>("drift", chosen.heads), chosen.drift);
-  std::vector<std::int32_t> widths, shifts;
-  const adaptive_window window{.min_width = c.kernel, .scale = c.scale, .shift_rule = c.shift_rule};
-  for (const double drift : chosen.drift) {
-    widths.push_back(static_cast<std::int32_t>(window.width(drift)));
-    shifts.push_back(static_cast<std::int32_t>(window.shift(drift)));
-  }
-  if (problem.has("kernel")) compare.equal_numbers(problem.known<std::int32_t>("kernel", chosen.heads), widths);
-  if (problem.has("shift")) compare.equal_numbers(problem.known<std::int32_t>("shift", chosen.heads), shifts);
+  const adaptive_windows windows(c, chosen.drift);
+  if (problem.has("kernel")) compare.equal_numbers(problem.known<std::int32_t>("kernel", chosen.heads), windows.kernel);
+  if (problem.has("shift")) compare.equal_numbers(problem.known<std::int32_t>("shift", chosen.heads), windows.shift);
 }
 
 void compare_errors(const case_problem& problem, const layer_file& tensors, const verify_options& options,
@@ -164,6 +167,9 @@ void verify_case(const safetensors_file& file, const std::string& path, const ve
     };
     const selection chosen = run(c);
     compare_selection(problem, chosen, compare);
+    if (backend == backend_kind::eigen) {
+      compare.without_scores(chosen, run_eigen(c, layer, options.threads, path, inspection::kept_only));
+    }
     if (problem.has("head_lengths")) {
       configuration without_floor = c;
       without_floor.floor = 0.0f;

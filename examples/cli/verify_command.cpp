@@ -47,8 +47,11 @@ std::string line_of(const file_outcome& outcome, std::size_t width) {
     return fmt::format("{}  {}{}\n", head, one_line(outcome.mismatches.front()),
                        others == 0 ? "" : fmt::format(" (and {} more: see --json)", others));
   }
-  return fmt::format("{}  eigen {:<7}  reference {:<7}  {}\n", head, error_text(outcome.largest_error[0]),
-                     error_text(outcome.largest_error[1]), fmt::join(outcome.compared, " "));
+  const std::string notes = outcome.notes.empty()
+                                ? ""
+                                : fmt::format("; {} (all notes: see --json)", one_line(outcome.notes.front()));
+  return fmt::format("{}  eigen {:<7}  reference {:<7}  {}{}\n", head, error_text(outcome.largest_error[0]),
+                     error_text(outcome.largest_error[1]), fmt::join(outcome.compared, " "), notes);
 }
 
 nlohmann::json json_of(const file_outcome& outcome) {
@@ -57,7 +60,8 @@ nlohmann::json json_of(const file_outcome& outcome) {
                         {"method", outcome.method},
                         {"compared", outcome.compared},
                         {"largest_error", nlohmann::json::object()},
-                        {"mismatches", outcome.mismatches}};
+                        {"mismatches", outcome.mismatches},
+                        {"notes", outcome.notes}};
   if (!outcome.unusable.empty()) object["error"] = outcome.unusable;
   for (std::size_t i = 0; i < outcome.largest_error.size(); ++i) {
     if (outcome.largest_error[i]) object["largest_error"][names<backend_kind>::values[i]] = *outcome.largest_error[i];

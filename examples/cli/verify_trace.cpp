@@ -4,8 +4,6 @@
 #include "output.hpp"
 #include "verify.hpp"
 
-#include <restkv/smoothing/adaptive_window.hpp>
-
 #include <fmt/format.h>
 #include <nlohmann/json.hpp>
 
@@ -72,27 +70,18 @@ configuration shared_configuration(const safetensors_file& file, const std::stri
 }
 
 void compare_run(const safetensors_file& file, const std::string& path, const std::string& name, const configuration& c,
-                 const selection& chosen, bool with_scores, const nlohmann::json& figures, comparison& compare) {
+                 const selection& chosen, const nlohmann::json& figures, comparison& compare) {
   const auto has = [&](const std::string& tensor) { return file.find(tensor) != nullptr; };
-  if (with_scores) {
-    const std::string scores = name.substr(0, name.rfind(".budget")) + ".score";
-    if (has(scores)) compare.floats(read_known<float>(file, path, scores, chosen.heads), chosen.score, chosen.past);
-  }
   if (has(name + ".drift")) {
     compare.equal_floats(read_known<float>(file, path, name + ".drift", chosen.heads), chosen.drift);
   }
-  const adaptive_window window{.min_width = c.kernel, .scale = c.scale, .shift_rule = c.shift_rule};
-  std::vector<std::int32_t> widths, shifts;
-  for (const double drift : chosen.drift) {
-    widths.push_back(static_cast<std::int32_t>(window.width(drift)));
-    shifts.push_back(static_cast<std::int32_t>(window.shift(drift)));
-  }
+  const adaptive_windows windows(c, chosen.drift);
   const auto numbers = [&](const char* what, const std::vector<std::int32_t>& ours) {
     const std::string tensor = name + what;
     if (has(tensor)) compare.equal_numbers(read_known<std::int32_t>(file, path, tensor, chosen.heads), ours);
   };
-  numbers(".kernel", widths);
-  numbers(".shift", shifts);
+  numbers(".kernel", windows.kernel);
+  numbers(".shift", windows.shift);
   if (has(name + ".indices")) {
     std::optional<double> margin;
     if (const auto at = figures.find(name + ".margin"); at != figures.end() && at->is_number()) margin = at->get<double>();
@@ -146,13 +135,23 @@ void verify_trace(const invocation& run, const safetensors_file& file, const std
     for (const index_t budget : known.budgets) {
       c.budget = budget;
       const std::string name = fmt::format("{}.budget{}", known.name, budget);
+      std::optional<selection> rounding;
+      const auto rounding_of_scores = [&]() -> const std::vector<double>& {
+        if (!rounding) rounding = rounding_of_release(c, layer, trace_path);
+        return rounding->score;
+      };
       for (const backend_kind backend : {backend_kind::eigen, backend_kind::reference}) {
         comparison compare(outcome, backend, options.tolerance);
         const selection chosen = backend == backend_kind::eigen
                                      ? run_eigen(c, layer, options.threads, trace_path)
                                      : run_reference(c, layer, memory, trace_path);
-        const bool with_scores = budget == known.budgets.front();
-        compare_run(file, path, name, c, chosen, with_scores, figures, compare);
+        if (backend == backend_kind::eigen) {
+          compare.without_scores(chosen, run_eigen(c, layer, options.threads, trace_path, inspection::kept_only));
+        }
+        compare_run(file, path, name, c, chosen, figures, compare);
+        if (budget != known.budgets.front() || file.find(known.name + ".score") == nullptr) continue;
+        compare.floats(read_known<float>(file, path, known.name + ".score", chosen.heads), chosen.score, chosen.past,
+                       rounding_of_scores);
       }
       progress.advance(name);
     }
