@@ -17,25 +17,30 @@ namespace restkv {
 /// The reference: double precision, one thread, no blocking, no pruning.
 class reference_backend {
  public:
-  using score_type = double;
+  using score_type = double;  ///< all arithmetic is double
 
+  /// body(0) .. body(n - 1), in order.
   template <class Body>
   void parallel_for(index_t n, const Body& body) const {
     for (index_t i = 0; i < n; ++i) body(i);
   }
 
+  /// Working memory of a request; see `tensor_backend`.
   template <class Request>
   class scratch {
    public:
+    /// Counts where the workspace counts.
     scratch(const reference_backend&, const Request& request, workspace& space)
         : drift_(space.take<double>(request.shape.batch * request.shape.query_heads),
                  {request.shape.batch, request.shape.query_heads}) {}
+    /// Room for the drift of every query head. [batch, query_heads]
     [[nodiscard]] tensor_view<double, 2> drift() const noexcept { return drift_; }
 
    private:
     tensor_view<double, 2> drift_;
   };
 
+  /// See `tensor_backend`.
   template <class Request, element T>
   status token_scores(const Request& request, const layer_view<T>& layer, scratch<Request>&,
                       tensor_view<double, 3> out) const {
@@ -92,7 +97,7 @@ class reference_backend {
     return sum / static_cast<double>(count);
   }
 
-  /// ||x||, or ||W[h] x|| as the root of x^T G[h] x.
+  /// ||x||, or ||W[h] x|| as the root of x^T G[h] x. A square beyond the largest double counts as that.
   template <element T>
   [[nodiscard]] static double norm(const layer_view<T>& layer, metric how, index_t head, const std::vector<double>& x) {
     double sum = 0;
@@ -106,7 +111,7 @@ class reference_backend {
         sum += left * layer.metric.gram(head, r, c) * x[static_cast<std::size_t>(c)];
       }
     }
-    return std::sqrt(std::max(sum, 0.0));
+    return std::sqrt(std::clamp(sum, 0.0, std::numeric_limits<double>::max()));
   }
 
   using vectors = std::vector<std::vector<double>>;

@@ -4,6 +4,7 @@
 #pragma once
 
 #include <restkv/core/layer.hpp>
+#include <restkv/score/features.hpp>
 
 #include <cmath>
 #include <limits>
@@ -23,13 +24,8 @@ template <element T>
   return row;
 }
 
-/// The least part of its attention that a query leaves to all tokens but one. What deleting that one does to the output
-/// depends on the proportions among the others alone, however little they have together: so they keep their proportions,
-/// and odds and distances stay far from overflow and underflow.
-inline constexpr double least_rest = 1e-100;
-
 /// One query's attention over a sequence: a[n] = exp(s_n - max) / sum, s_n = q k_n / sqrt(d), over the tokens up to and
-/// including the query's own; 0 beyond.
+/// including the query's own; 0 beyond. See also `least_rest`.
 struct attention_row {
   std::vector<double> share;  ///< a[n], [length]
   index_t top = 0;            ///< the first token with the largest share

@@ -24,6 +24,7 @@ enum class feature : unsigned {
   key_norm = 1u << 5,     ///< ||k_n||
 };
 
+/// Both sets together.
 [[nodiscard]] RESTKV_HD constexpr feature operator|(feature a, feature b) noexcept {
   return static_cast<feature>(static_cast<unsigned>(a) | static_cast<unsigned>(b));
 }
@@ -36,6 +37,11 @@ enum class feature : unsigned {
 /// The features that come from window queries; a score without any of them needs no queries at all.
 inline constexpr feature window_features =
     feature::attention | feature::odds | feature::distance | feature::output_norm;
+
+/// The least part of its attention that a query leaves to all tokens but one: where those would get less, they get this
+/// together, in their true proportions. What deleting the one token does to the output depends on the proportions
+/// alone, so its score stays what it is, and no odds pass 1 / least_rest.
+inline constexpr double least_rest = 1e-30;
 
 /// When the queries of the window are reduced to one row.
 enum class query_order {
@@ -52,17 +58,17 @@ enum class metric {
 /// The features of one token. Only those a score asks for are set; the rest are 0.
 template <std::floating_point Real>
 struct token_features {
-  Real attention = 0;
-  Real odds = 0;
-  Real distance = 0;
-  Real output_norm = 0;
-  Real value_norm = 0;
-  Real key_norm = 0;
+  Real attention = 0;    ///< see feature::attention
+  Real odds = 0;         ///< see feature::odds
+  Real distance = 0;     ///< see feature::distance
+  Real output_norm = 0;  ///< see feature::output_norm
+  Real value_norm = 0;   ///< see feature::value_norm
+  Real key_norm = 0;     ///< see feature::key_norm
   index_t position = 0;  ///< in its sequence, 0 the oldest
   index_t length = 0;    ///< tokens of its sequence
   index_t batch = 0;     ///< sequence
   index_t head = 0;      ///< query head
-  index_t layer = 0;
+  index_t layer = 0;     ///< index of the layer
 };
 
 namespace detail {
@@ -114,6 +120,7 @@ template <token_score S>
   return has(S::needs, window_features);
 }
 
+/// True when the score needs values.
 template <token_score S>
 [[nodiscard]] constexpr bool needs_values() noexcept {
   return has(S::needs, feature::distance | feature::output_norm | feature::value_norm);

@@ -23,10 +23,14 @@ enum class group_reduce {
 /// Folds one query head's score into the group's running value, which starts at 0 (scores are never negative there;
 /// for `max` at the first head's score).
 template <std::floating_point Real>
-[[nodiscard]] RESTKV_HD constexpr Real group_fold(group_reduce how, Real running, Real score, bool first) noexcept {
+[[nodiscard]] RESTKV_HD inline Real group_fold(group_reduce how, Real running, Real score, bool first) noexcept {
   switch (how) {
     case group_reduce::max: return first || score > running || score != score ? score : running;
-    case group_reduce::l2: return first ? score * score : running + score * score;
+    case group_reduce::l2: {
+      // In double, where no square of a float overflows or underflows.
+      const double square = first ? 0.0 : static_cast<double>(running) * static_cast<double>(running);
+      return static_cast<Real>(std::sqrt(square + static_cast<double>(score) * static_cast<double>(score)));
+    }
     case group_reduce::none:
     case group_reduce::mean:
     case group_reduce::sum: break;
@@ -38,7 +42,6 @@ template <std::floating_point Real>
 template <std::floating_point Real>
 [[nodiscard]] RESTKV_HD inline Real group_finish(group_reduce how, Real folded, index_t heads) noexcept {
   if (how == group_reduce::mean) return folded / static_cast<Real>(heads);
-  if (how == group_reduce::l2) return std::sqrt(folded);
   return folded;
 }
 

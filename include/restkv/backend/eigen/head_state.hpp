@@ -36,9 +36,9 @@ struct head_states {
   index_t width = 0;
   index_t tokens = 0;
   float* queries = nullptr;   ///< scaled, [head][head_dim][lanes]
-  float* largest = nullptr;   ///< largest logit, [head][lanes]
+  float* largest = nullptr;   ///< see window_softmax::largest, [head][lanes]
   float* rest = nullptr;      ///< sum of the others' exponentials, [head][lanes]
-  float* scale = nullptr;     ///< 1 / (1 + rest), [head][lanes]; order `before`
+  float* scale = nullptr;     ///< see window_softmax::scale, [head][lanes]; order `before`
   index_t* top = nullptr;     ///< token of the largest logit, [head][lanes]
   float* others = nullptr;    ///< sum over n != top of a_n v_n, [head][lanes][width]; order `after`: [head][1][width]
   float* image = nullptr;     ///< M o, transposed for the product with M v: [head][width][lanes]; `after`: [head][width]
@@ -135,17 +135,17 @@ struct metric_factors {
 /// Per-thread memory of both halves.
 struct tile_buffers {
   window_softmax softmax;
-  float* shares = nullptr;   ///< [tile_tokens, lanes]
-  float* odds = nullptr;     ///< [tile_tokens, lanes]
-  float* cross = nullptr;    ///< [tile_tokens, lanes]
-  float* values = nullptr;   ///< staging, [tile_tokens, width]
-  float* keys = nullptr;     ///< staging, [tile_tokens, head_dim]
-  float* images = nullptr;   ///< M v, [tile_tokens, width]
-  float* vector = nullptr;   ///< [2, width]
-  float* weights = nullptr;  ///< temporal weights, [lanes]
-  float* scores = nullptr;   ///< [lanes]
-  float* folded = nullptr;   ///< [tile_tokens]
-  float* row = nullptr;      ///< one head's scores, [tokens]; only where scores are local and heads are reduced
+  float* shares = nullptr;    ///< [tile_tokens, lanes]
+  float* odds = nullptr;      ///< [tile_tokens, lanes]
+  float* cross = nullptr;     ///< [tile_tokens, lanes]
+  float* values = nullptr;    ///< staging, [tile_tokens, width]
+  float* keys = nullptr;      ///< staging, [tile_tokens, head_dim]
+  float* images = nullptr;    ///< M v, [tile_tokens, width]
+  float* vector = nullptr;    ///< [2, width]
+  float* weights = nullptr;   ///< temporal weights, [lanes]
+  float* scores = nullptr;    ///< [lanes]
+  float* folded = nullptr;    ///< [tile_tokens]
+  float* row = nullptr;       ///< one head's scores, [tokens]; only where scores are local and heads are reduced
   index_t* tokens = nullptr;  ///< [tile_tokens]
 
   template <class Request>
@@ -175,9 +175,6 @@ struct tile_buffers {
   constexpr float most = std::numeric_limits<float>::max();
   return score > most ? most : score < -most ? -most : score;
 }
-
-/// Smallest 1 - a that enters an odds: keeps odds and odds * distance finite when the other shares underflow.
-inline constexpr float least_rest = 1e-30f;
 
 /// One query head of one sequence, and where its state lies.
 template <class Request>

@@ -18,14 +18,15 @@ template <class Request>
   // Scaled before squaring: the difference may be as small as rest_share, whose square underflows.
   float largest = 0;
   for (index_t c = 0; c < width; ++c) largest = std::max(largest, std::fabs(difference[c]));
-  if (!(largest > 0.0f)) return largest;
+  if (!(largest > 0.0f) || std::isinf(largest)) return std::min(largest, most_distance);
   for (index_t c = 0; c < width; ++c) difference[c] /= largest;
   const float* image = difference;
   if (needs_metric(task.request.score)) {
     factors.apply(task.head, {difference, width}, 1, buffers.vector + width);
     image = buffers.vector + width;
   }
-  return std::sqrt(dot(image, image, width)) * largest;
+  const float distance = std::sqrt(dot(image, image, width)) * largest;
+  return distance > most_distance ? most_distance : distance;
 }
 
 /// The rows of `count` chosen tokens of one head: as they lie when the tokens follow each other, gathered otherwise.
@@ -44,7 +45,7 @@ template <element T>
 }
 
 /// Squared distances below this part of their terms' sum are recomputed as a sum of squared differences: the expanded
-/// form |z|^2 - 2 z y + |y|^2 has lost two digits there.
+/// form |z|^2 - 2 z y + |y|^2 has lost two digits there. So are those whose terms overflow.
 inline constexpr float expansion_limit = 1e-2f;
 
 /// ||M (o_i - v_n)|| for the tokens of a tile and every lane i, from the products in buffers.cross [count, lanes], into
@@ -62,17 +63,17 @@ void distances_of_tile(const head_task<Request>& task, index_t count, const floa
     const float* const image = images.data + n * images.stride;
     float* const cross = buffers.cross + n * lanes;
     const packet norm = pset1<packet>(dot(image, image, width));
-    packet least = pset1<packet>(1.0f);  // of |z - y|^2 / (|z|^2 + |y|^2) - expansion_limit, in sign
+    packet cancelled = pset1<packet>(0.0f);  // as a mask
     for (index_t lane = 0; lane < lanes; lane += packet_size) {
       const packet terms = padd(norm, ploadu<packet>(output_norms + lane));
       const packet product = ploadu<packet>(cross + lane);
       const packet squared = psub(terms, padd(product, product));
-      least = pmin(least, psub(squared, pmul(limit, terms)));
+      cancelled = por(cancelled, pcmp_lt_or_nan(psub(squared, pmul(limit, terms)), pset1<packet>(0.0f)));
       pstoreu(cross + lane, squared);
     }
-    if (!(predux_min(least) >= 0.0f)) {
+    if (predux_any(cancelled)) {
       for (index_t lane = 0; lane < task.window; ++lane) {
-        if (cross[lane] >= expansion_limit * (pfirst(norm) + output_norms[lane])) continue;
+        if (cross[lane] - expansion_limit * (pfirst(norm) + output_norms[lane]) >= 0.0f) continue;
         float sum = 0;
         for (index_t c = 0; c < width; ++c) {
           const float difference = image[c] - outputs[c * lanes + lane];
@@ -135,8 +136,8 @@ void score_tile(const head_task<Request>& task, index_t count, const float_rows&
         f.odds = f.attention / rest;
         if constexpr (distance) {
           f.distance = is_top ? top_distance(task, cell, values.data + n * values.stride, rest, factors, buffers, states)
-                              : std::sqrt(squared_distance(images.data + n * images.stride,
-                                                           states.image + cell * width, width));
+                              : root(squared_distance(images.data + n * images.stride, states.image + cell * width,
+                                                      width));
         }
         if constexpr (output_norm) f.output_norm = states.norm[cell];
         deliver(n, finite_score(task.request.score(f)));

@@ -7,12 +7,17 @@
 
 namespace restkv::eigen {
 
-/// exp(logit - largest) scale: the share of attention a of one packet of lanes. Every share of the backend is this
+/// Below this, an exponential is not a normal float, and a share is 0.
+inline constexpr float least_exponent = -87.0f;
+
+/// min(exp(logit - largest) scale, 1): the share of attention a of one packet of lanes. Every share of the backend is this
 /// expression, so that a token's share has the same bits wherever it is needed.
 [[nodiscard]] EIGEN_ALWAYS_INLINE packet share_of(const float* logits, const packet& largest,
                                                   const packet& scale) noexcept {
   using namespace Eigen::internal;
-  return pmul(pexp(psub(ploadu<packet>(logits), largest)), scale);
+  const packet exponent = psub(ploadu<packet>(logits), largest);
+  const packet share = pmin(pmul(pexp(exponent), scale), pset1<packet>(1.0f));
+  return pand(share, pcmp_lt(pset1<packet>(least_exponent), exponent));  // pexp never gets to 0
 }
 
 /// Shares and, where asked, odds a / (1 - a) of `count` tokens' logits. The odds of a lane's top token are wrong: they
@@ -66,6 +71,13 @@ template <class Request>
     if constexpr (has(needs, feature::distance)) f.distance = distances[lane];
     if constexpr (has(needs, feature::output_norm)) f.output_norm = norms[lane];
     scores[lane] = score(f);
+  }
+  const float reduced = task.reduce(scores, buffers.weights, lanes);
+  if (reduced == reduced) return finite_score(reduced);
+  // Not a number: perhaps for a score that is none or infinite, and has a weight of 0.
+  for (index_t lane = 0; lane < window; ++lane) {
+    const bool counts = !needs_of<Request>::linear || buffers.weights[lane] != 0.0f;
+    scores[lane] = counts ? finite_score(scores[lane]) : 0.0f;
   }
   return finite_score(task.reduce(scores, buffers.weights, lanes));
 }

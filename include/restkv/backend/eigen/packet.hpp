@@ -8,6 +8,9 @@
 
 #include <Eigen/Core>
 
+#include <cmath>
+#include <limits>
+
 namespace restkv::eigen {
 
 using packet = Eigen::internal::packet_traits<float>::type;
@@ -111,11 +114,21 @@ void multiply(const broadcast_matrix& a, index_t rows, const float* b, index_t b
   return predux(sum);
 }
 
-/// out[i] = sqrt(max(x[i], 0)) over `lanes`, a multiple of packet_size.
+/// The root of the largest float: what a distance counts as whose square is infinite.
+inline constexpr float most_distance = 1.8446743e19f;
+
+/// The root of a square: 0 below 0, at most most_distance; NaN stays NaN.
+[[nodiscard]] EIGEN_ALWAYS_INLINE float root(float square) noexcept {
+  const float x = std::sqrt(square < 0.0f ? 0.0f : square);
+  return x > most_distance ? most_distance : x;
+}
+
+/// The roots of `lanes` squares, a multiple of packet_size.
 inline void square_roots(const float* x, index_t lanes, float* out) noexcept {
   using namespace Eigen::internal;
+  const packet most = pset1<packet>(std::numeric_limits<float>::max());  // Eigen's root of infinity is NaN
   for (index_t i = 0; i < lanes; i += packet_size) {
-    pstoreu(out + i, psqrt(pmax(ploadu<packet>(x + i), pset1<packet>(0.0f))));
+    pstoreu(out + i, psqrt(pmin(pmax(ploadu<packet>(x + i), pset1<packet>(0.0f)), most)));
   }
 }
 

@@ -7,6 +7,7 @@
 #include <restkv/backend/eigen/token_tile.hpp>
 #include <restkv/core/layer.hpp>
 #include <restkv/core/workspace.hpp>
+#include <restkv/score/features.hpp>
 #include <restkv/selection/order_key.hpp>
 
 #include <algorithm>
@@ -26,17 +27,25 @@ struct lane_block {
   [[nodiscard]] constexpr index_t used() const noexcept { return heads * window; }
 };
 
+/// The logit of a token that a query does not see.
+inline constexpr float masked_logit = std::numeric_limits<float>::lowest();
+
 /// Logits that are not numbers, or infinite, become finite ones: NaN the lowest, so that a token whose key is damaged gets
-/// no attention and spoils nobody else's.
+/// no attention and spoils nobody else's. Still, a query that sees nothing else attends to those rather than to tokens
+/// that it does not see.
 inline void make_finite(float* logits, index_t count) noexcept {
-  constexpr float most = std::numeric_limits<float>::max();
+  constexpr float most = std::numeric_limits<float>::max() / 2;
   for (index_t i = 0; i < count; ++i) {
+    if (logits[i] == masked_logit) continue;
     logits[i] = std::isnan(logits[i]) ? -most : std::clamp(logits[i], -most, most);
   }
 }
 
+/// restkv::least_rest in float.
+inline constexpr auto least_rest = static_cast<float>(restkv::least_rest);
+
 /// Attention of a lane block, kept as logits and, per lane, what turns a logit into a share of attention:
-/// a = exp(logit - largest) scale. The exponential is taken again where a share is needed: every reader gets the same
+/// a = min(exp(logit - largest) scale, 1). The exponential is taken again where a share is needed: every reader gets the same
 /// bits, whichever tokens it asks for. The largest logit of a lane is kept apart from the sum of the others all the way,
 /// so that 1 - a and a / (1 - a) lose no digits even when one token holds all but 1e-9 of the attention.
 class window_softmax {
@@ -61,7 +70,7 @@ class window_softmax {
 
   /// Logits of a tile's tokens. [tile_tokens, lanes]
   [[nodiscard]] const float* logits(index_t tile) const noexcept { return logits_ + tile * tile_tokens * block_.lanes; }
-  /// 1 / (1 + rest): the share of the top token. [lanes]
+  /// What turns exp(logit - largest) into a share. [lanes]
   [[nodiscard]] const float* scale() const noexcept { return scale_; }
   /// The token with the largest share; the first of equals. [lanes]
   [[nodiscard]] const index_t* top() const noexcept { return top_; }
@@ -69,7 +78,7 @@ class window_softmax {
   [[nodiscard]] const float* rest() const noexcept { return rest_; }
   /// The queries, scaled by 1 / sqrt(head_dim). [head_dim, lanes]
   [[nodiscard]] const float* queries() const noexcept { return queries_; }
-  /// The largest logit. [lanes]
+  /// The largest logit; the largest of the others where the rest would fall below least_rest. [lanes]
   [[nodiscard]] const float* largest() const noexcept { return largest_; }
   [[nodiscard]] const lane_block& block() const noexcept { return block_; }
 
@@ -93,7 +102,7 @@ class window_softmax {
   void mask(index_t first, index_t count, index_t length, float* out) const noexcept {
     for (index_t n = std::max<index_t>(0, length - block_.window + 1 - first); n < count; ++n) {
       for (index_t lane = 0; lane < block_.used(); ++lane) {
-        if (first + n >= visible(lane, length)) out[n * block_.lanes + lane] = std::numeric_limits<float>::lowest();
+        if (first + n >= visible(lane, length)) out[n * block_.lanes + lane] = masked_logit;
       }
     }
   }
@@ -136,6 +145,9 @@ class window_softmax {
                   tile_top_ + t * block.lanes);
     }
     combine(tiles);
+    for (index_t lane = 0; lane < block.used(); ++lane) {
+      if (rest_[lane] < least_rest) keep_proportions(lane, span.length);
+    }
   }
 
  private:
@@ -209,6 +221,22 @@ class window_softmax {
       scale_[lane] = 1.0f / (1.0f + rest_[lane]);
       top_[lane] = best * tile_tokens + tile_top_[best * block_.lanes + lane];
     }
+  }
+
+  /// Gives least_rest to all tokens but the top one, where they have less.
+  void keep_proportions(index_t lane, index_t length) noexcept {
+    const index_t end = visible(lane, length);
+    const auto logit = [&](index_t n) { return logits_[n * block_.lanes + lane]; };
+    float second = masked_logit;
+    for (index_t n = 0; n < end; ++n) second = n == top_[lane] ? second : std::max(second, logit(n));
+    double sum = 0;
+    for (index_t n = 0; n < end; ++n) {
+      if (n != top_[lane]) sum += std::exp(static_cast<double>(logit(n)) - static_cast<double>(second));
+    }
+    if (!(sum > 0)) return;  // the query sees nothing but its own token
+    largest_[lane] = second;
+    rest_[lane] = least_rest;
+    scale_[lane] = static_cast<float>(static_cast<double>(least_rest) / sum);
   }
 
   index_t most_tiles_ = 0;
