@@ -55,6 +55,4 @@ std::string report_html(const nlohmann::json& data) {
   }
 }
 
-bool report_has_plots() noexcept { return !joined(report_parts::chart).empty(); }
-
 }  // namespace restkv::cli

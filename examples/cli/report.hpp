@@ -10,10 +10,8 @@
 namespace restkv::cli {
 
 /// The page that shows `data` (see comparison_json, kept sets included). Whatever texts the data hold, none of them
-/// becomes markup or script.
+/// becomes markup or script. Without Chart.js in the program
+/// (see meson.build) the page has its tables alone.
 [[nodiscard]] std::string report_html(const nlohmann::json& data);
-
-/// True when the plotting library was there when the program was built; a report without it has tables alone.
-[[nodiscard]] bool report_has_plots() noexcept;
 
 }  // namespace restkv::cli

@@ -235,7 +235,7 @@ class Report(TestOfCompare):
 
     def test_texts_of_the_trace_stay_texts(self):
         hostile = '</script><script>alert(1)</script><!-- <img src=x onerror=alert(2)> "\'&\u2028\x00\x1b[31m @@data@@'
-        folder = self.folder / '<b onclick=x>'
+        folder = self.folder / '<b onclick=x>\x1b[31m'
         folder.mkdir()
         trace = folder / 't.safetensors'
         compare_traces.write(trace, compare_traces.small_trace(), {'answer': hostile, hostile: 'model', '__proto__': 'p'})
