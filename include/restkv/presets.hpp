@@ -8,6 +8,7 @@
 
 #include <restkv/policy.hpp>
 
+/// Policies ready to use: functions from a budget to an `eviction_policy`.
 namespace restkv::presets {
 
 /// The library's default: ReST-KV's score in the paper's order through W_O, the mean over the window, the root sum of

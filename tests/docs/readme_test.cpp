@@ -66,7 +66,8 @@ TEST_CASE("the README's lines keep, compact and verify", "[docs]") {
   const auto plan = restkv::make_plan(backend, policy, restkv::shape_of(layer));
   std::vector<std::byte> memory(plan.workspace_bytes);
   const auto kept = restkv::select(backend, plan, layer, restkv::workspace(memory));
-  restkv::compact(backend, kept, layer.key, layer.value, restkv::dense_layout{new_keys}, restkv::dense_layout{new_values});
+  restkv::compact(backend, kept, layer.key, layer.value,
+                  restkv::dense_layout{new_keys}, restkv::dense_layout{new_values});
   const auto loss = restkv::output_error(backend, kept, layer);       // loss.mean_relative(): 0.01 is one per cent
 
   CHECK(plan.capacity <= capacity);

@@ -28,6 +28,7 @@
 #define RESTKV_EXCEPTIONS 0
 #endif
 
+/// Everything of the library but its macros.
 namespace restkv {
 
 /// Extents, strides and offsets, in elements. 64 bits: a cache of 8 heads x 2^20 tokens x 256 channels passes 2^31.

@@ -10,6 +10,7 @@
 #include <limits>
 #include <vector>
 
+/// What the reference backend is made of.
 namespace restkv::reference {
 
 /// One token's vector of a cache, in double. [head_dim]

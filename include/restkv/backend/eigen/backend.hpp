@@ -27,22 +27,27 @@ struct eigen_tuning {
 /// the cache is cut into chunks.
 class eigen_backend {
  public:
-  using score_type = float;
+  using score_type = float;  ///< all scores are float
 
   /// `threads` in all, the calling one included; values below 1 count as 1. Allocates the pool, nothing later.
   explicit eigen_backend(int threads = 1, const eigen_tuning& tuning = {}) : pool_(threads), tuning_(tuning) {}
 
+  /// Threads in all, the calling one included.
   [[nodiscard]] int threads() const noexcept { return pool_.threads(); }
+  /// As constructed.
   [[nodiscard]] const eigen_tuning& tuning() const noexcept { return tuning_; }
 
+  /// Runs body(0) .. body(n - 1), each once, and returns when all are done.
   template <class Body>
   void parallel_for(index_t n, const Body& body) const {
     pool_.run(n, [&](index_t i, int) { body(i); });
   }
 
+  /// Working memory of a request, carved from a workspace; see `tensor_backend`.
   template <class Request>
   class scratch {
    public:
+    /// Counts where the workspace counts.
     scratch(const eigen_backend& backend, const Request& request, workspace& space) noexcept
         : drift_(space.take<double>(request.shape.batch * request.shape.query_heads),
                  {request.shape.batch, request.shape.query_heads}),
@@ -54,20 +59,23 @@ class eigen_backend {
         if (slots_ != nullptr && space.check().ok()) new (slots_ + i) eigen::tile_buffers(buffers);
       }
     }
+    /// Room for the drift of every query head. [batch, query_heads]
     [[nodiscard]] tensor_view<double, 2> drift() const noexcept { return drift_; }
+    /// One thread's tile.
     [[nodiscard]] eigen::tile_buffers& slot(int i) const noexcept { return slots_[i]; }
 
    private:
     tensor_view<double, 2> drift_;
 
    public:
-    eigen::head_states states;
-    eigen::metric_factors factors;
+    eigen::head_states states;      ///< what is kept of each head between the passes
+    eigen::metric_factors factors;  ///< W_O's Cholesky factors, padded for products
 
    private:
     eigen::tile_buffers* slots_;
   };
 
+  /// See `tensor_backend`.
   template <class Request, element T>
   status token_scores(const Request& request, const layer_view<T>& layer, scratch<Request>& scratch,
                       tensor_view<float, 3> out) const {
@@ -90,12 +98,14 @@ class eigen_backend {
     }
   }
 
+  /// See `bounding_backend`.
   template <class Request, element T>
   status score_bounds(const Request& request, const layer_view<T>& layer, scratch<Request>& scratch,
                       tensor_view<float, 3> out) const {
     return observe(request, layer, scratch, true, out);
   }
 
+  /// See `bounding_backend`; without states, every token is scored.
   template <class Request, element T>
   status exact_scores(const Request& request, const layer_view<T>& layer, scratch<Request>& scratch,
                       tensor_view<token_state, 3> states, tensor_view<float, 3> out) const {
@@ -109,6 +119,7 @@ class eigen_backend {
     return {};
   }
 
+  /// See `tensor_backend`.
   template <class Request, element T>
   status window_drift(const Request& request, const layer_view<T>& layer, std::span<const index_t> most_attended,
                       scratch<Request>& scratch, tensor_view<double, 2> out) const {
