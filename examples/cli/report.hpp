@@ -10,8 +10,7 @@
 namespace restkv::cli {
 
 /// The page that shows `data` (see comparison_json, kept sets included). Whatever texts the data hold, none of them
-/// becomes markup or script. Without Chart.js in the program
-/// (see meson.build) the page has its tables alone.
+/// becomes markup or script. A program that was built without Chart.js makes pages with tables alone.
 [[nodiscard]] std::string report_html(const nlohmann::json& data);
 
 }  // namespace restkv::cli
