@@ -235,10 +235,10 @@ json to_json(const configuration& c) {
   return object;
 }
 
-configuration configuration_options::over(const std::string& case_text, const std::string& where) const {
-  json object = case_text.empty() ? json::object() : parse_object(case_text, where);
+configuration configuration_options::over(const std::string* case_text, const std::string& where) const {
+  json object = case_text == nullptr ? json::object() : parse_object(*case_text, where);
   configuration c;
-  if (!preset.empty() || case_text.empty()) {
+  if (!preset.empty() || case_text == nullptr) {
     // What remains of the case: how many tokens, and how many queries were recorded to look at.
     c = cli::preset(preset.empty() ? "standard" : preset);
     json kept = json::object();
@@ -247,7 +247,7 @@ configuration configuration_options::over(const std::string& case_text, const st
     }
     apply(c, kept, where);
   } else {
-    c = parse_configuration(case_text, where);
+    c = parse_configuration(*case_text, where);
   }
   if (keys->contains("method")) {
     // Another method is another set of defaults; what the case says beyond them stays.

@@ -167,9 +167,9 @@ struct configuration_options {
   std::string preset;
   std::shared_ptr<nlohmann::json> keys;
 
-  /// The case's configuration with the options applied. An empty text is a case without one: the preset `standard`.
-  /// --preset replaces the case's configuration but for its budget and window.
-  [[nodiscard]] configuration over(const std::string& case_text, const std::string& where) const;
+  /// The case's configuration with the options applied. Null is a file without one: the preset `standard`. --preset
+  /// replaces the case's configuration but for its budget and window.
+  [[nodiscard]] configuration over(const std::string* case_text, const std::string& where) const;
 };
 
 void add_configuration_options(CLI::App& command, configuration_options& options);

@@ -66,6 +66,7 @@ layer_file::layer_file(const safetensors_file& file, std::string path, std::stri
   }
   if (has("wo")) {
     read("wo", projection_, allow_non_finite);
+    if (projection_.view.extent(0) < 1) throw input_error(fmt::format("{}: tensor {}wo has no rows", path_, prefix_));
     fit("wo", projection_.view.extent(1), "columns",
         fmt::format("{} query heads of {} channels need", query_heads_, head_dim()), query_heads_ * head_dim());
   }

@@ -54,6 +54,10 @@ int run_program(int count, char** arguments) {
   add_compare_command(app, run);
   add_select_command(app, run);
   add_verify_command(app, run);
+  const auto is_named = [&](const CLI::App* command) { return command->get_name() == arguments[1]; };
+  if (count > 1 && arguments[1][0] != '-' && app.get_subcommands(is_named).empty()) {
+    return fail(run, fmt::format("there is no subcommand {} (see --help)", arguments[1]));
+  }
   try {
     app.parse(count, arguments);
   } catch (const CLI::ParseError& problem) {

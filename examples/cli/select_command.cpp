@@ -120,9 +120,7 @@ void run_select(const invocation& run, const select_options& options) {
   safetensors_file file;
   require(safetensors_file::open(options.input, file), "");
   const std::string prefix = options.layer < 0 ? "" : fmt::format("layers.{}.", options.layer);
-  const std::string* const case_text = file.find_metadata("case");
-  const configuration c =
-      options.configuration.over(case_text == nullptr ? "" : *case_text, options.input + ": metadata case");
+  const configuration c = options.configuration.over(file.find_metadata("case"), options.input + ": metadata case");
   layer_file layer_tensors(file, options.input, prefix, options.allow_non_finite);
   const layer_view<float> layer = layer_tensors.view(c);
 

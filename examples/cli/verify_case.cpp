@@ -25,8 +25,8 @@ struct case_problem {
 
   [[nodiscard]] bool has(const char* name) const { return file.find(expected_prefix + name) != nullptr; }
   template <class T>
-  [[nodiscard]] known_tensor<T> known(const char* name, index_t rows) const {
-    return read_known<T>(file, path, expected_prefix + name, rows);
+  [[nodiscard]] known_tensor<T> known(const char* name, index_t rows, std::size_t axes) const {
+    return read_known<T>(file, path, expected_prefix + name, rows, axes);
   }
 };
 
@@ -42,7 +42,7 @@ std::optional<double> margin_of(const safetensors_file& file) {
 
 /// StreamingLLM has no scores to compare: the known ones are 1 for kept tokens and 0 for others.
 void compare_marked_tokens(const case_problem& problem, const selection& chosen, comparison& compare) {
-  const known_tensor<float> known = problem.known<float>("score", problem.layer.key.extent(1));
+  const known_tensor<float> known = problem.known<float>("score", problem.layer.key.extent(1), 2);
   compare.compared(known.name);
   const const_kept_tokens kept = chosen.kept();
   for (index_t h = 0; h < std::min(known.rows, kept.heads()); ++h) {
@@ -64,7 +64,7 @@ void compare_marked_tokens(const case_problem& problem, const selection& chosen,
 /// token of the same shares, and add up to the whole budget.
 void compare_head_lengths(const case_problem& problem, const selection& chosen, const selection& without_floor,
                           comparison& compare) {
-  const known_tensor<std::int32_t> known = problem.known<std::int32_t>("head_lengths", chosen.heads);
+  const known_tensor<std::int32_t> known = problem.known<std::int32_t>("head_lengths", chosen.heads, 1);
   const index_t window = problem.layer.key.extent(2) - chosen.past;
   const index_t base = std::min(problem.c.size().of(problem.layer.key.extent(2)), problem.layer.key.extent(2)) - window;
   const auto floor = static_cast<double>(problem.c.floor);
@@ -103,20 +103,20 @@ void compare_selection(const case_problem& problem, const selection& chosen, com
     };
   };
   if (problem.has("score")) {
-    compare.floats(problem.known<float>("score", chosen.heads), chosen.score, chosen.past, rounding_of(&selection::score));
+    compare.floats(problem.known<float>("score", chosen.heads, 2), chosen.score, chosen.past, rounding_of(&selection::score));
   }
   if (problem.has("smoothed")) {
-    const known_tensor<float> known = problem.known<float>("smoothed", chosen.heads);
+    const known_tensor<float> known = problem.known<float>("smoothed", chosen.heads, 2);
     compare.floats(known, chosen.smoothed, chosen.past, rounding_of(&selection::smoothed));
     if (known.columns == chosen.past) ranking.assign(known.elements.begin(), known.elements.end());
   }
   if (problem.has("indices")) {
-    compare.kept_sets(problem.known<std::int32_t>("indices", chosen.heads), chosen, ranking, margin_of(problem.file));
+    compare.kept_sets(problem.known<std::int32_t>("indices", chosen.heads, 2), chosen, ranking, margin_of(problem.file));
   }
-  if (problem.has("drift")) compare.equal_floats(problem.known<float>("drift", chosen.heads), chosen.drift);
+  if (problem.has("drift")) compare.equal_floats(problem.known<float>("drift", chosen.heads, 1), chosen.drift);
   const adaptive_windows windows(c, chosen.drift);
-  if (problem.has("kernel")) compare.equal_numbers(problem.known<std::int32_t>("kernel", chosen.heads), windows.kernel);
-  if (problem.has("shift")) compare.equal_numbers(problem.known<std::int32_t>("shift", chosen.heads), windows.shift);
+  if (problem.has("kernel")) compare.equal_numbers(problem.known<std::int32_t>("kernel", chosen.heads, 1), windows.kernel);
+  if (problem.has("shift")) compare.equal_numbers(problem.known<std::int32_t>("shift", chosen.heads, 1), windows.shift);
 }
 
 void compare_errors(const case_problem& problem, const layer_file& tensors, const verify_options& options,
@@ -127,12 +127,12 @@ void compare_errors(const case_problem& problem, const layer_file& tensors, cons
     const window_errors errors =
         errors_of(given, problem.layer, problem.c, backend, options.threads, problem.path);
     const auto rows = [&](const char* name, const std::vector<double>& ours) {
-      if (problem.has(name)) compare.floats(problem.known<float>(name, errors.heads), ours, errors.queries);
+      if (problem.has(name)) compare.floats(problem.known<float>(name, errors.heads, 2), ours, errors.queries);
     };
     rows("value_error", errors.value_error);
     rows("output_error_per_head", errors.output_error_per_head);
     if (problem.has("output_error_layer")) {
-      known_tensor<float> known = problem.known<float>("output_error_layer", errors.queries);
+      known_tensor<float> known = problem.known<float>("output_error_layer", errors.queries, 1);
       std::swap(known.rows, known.columns);  // one row
       compare.floats(known, errors.output_error_layer, errors.queries);
     }

@@ -73,19 +73,19 @@ void compare_run(const safetensors_file& file, const std::string& path, const st
                  const selection& chosen, const nlohmann::json& figures, comparison& compare) {
   const auto has = [&](const std::string& tensor) { return file.find(tensor) != nullptr; };
   if (has(name + ".drift")) {
-    compare.equal_floats(read_known<float>(file, path, name + ".drift", chosen.heads), chosen.drift);
+    compare.equal_floats(read_known<float>(file, path, name + ".drift", chosen.heads, 1), chosen.drift);
   }
   const adaptive_windows windows(c, chosen.drift);
   const auto numbers = [&](const char* what, const std::vector<std::int32_t>& ours) {
     const std::string tensor = name + what;
-    if (has(tensor)) compare.equal_numbers(read_known<std::int32_t>(file, path, tensor, chosen.heads), ours);
+    if (has(tensor)) compare.equal_numbers(read_known<std::int32_t>(file, path, tensor, chosen.heads, 1), ours);
   };
   numbers(".kernel", windows.kernel);
   numbers(".shift", windows.shift);
   if (has(name + ".indices")) {
     std::optional<double> margin;
     if (const auto at = figures.find(name + ".margin"); at != figures.end() && at->is_number()) margin = at->get<double>();
-    compare.kept_sets(read_known<std::int32_t>(file, path, name + ".indices", chosen.heads), chosen, chosen.smoothed,
+    compare.kept_sets(read_known<std::int32_t>(file, path, name + ".indices", chosen.heads, 2), chosen, chosen.smoothed,
                       margin);
   }
 }
@@ -150,7 +150,7 @@ void verify_trace(const invocation& run, const safetensors_file& file, const std
         }
         compare_run(file, path, name, c, chosen, figures, compare);
         if (budget != known.budgets.front() || file.find(known.name + ".score") == nullptr) continue;
-        compare.floats(read_known<float>(file, path, known.name + ".score", chosen.heads), chosen.score, chosen.past,
+        compare.floats(read_known<float>(file, path, known.name + ".score", chosen.heads, 2), chosen.score, chosen.past,
                        rounding_of_scores);
       }
       progress.advance(name);
