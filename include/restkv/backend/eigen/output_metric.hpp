@@ -28,7 +28,12 @@ class output_metric {
   [[nodiscard]] status build(const tensor_view<const T, 2>& projection, index_t query_heads, index_t head_dim) {
     const auto ll = [](index_t n) { return static_cast<long long>(n); };
     if (projection.data == nullptr) return status::error(errc::missing_input, "the layer has no projection (W_O)");
-    if (query_heads < 1 || head_dim < 1 || projection.extent(1) != query_heads * head_dim) {
+    if (query_heads < 1 || query_heads > 65536 || head_dim < 1 || head_dim > 4096) {  // the limits of a plan
+      return status::error(errc::invalid_argument,
+                           "%lld query heads of %lld channels: 1 to 65536 of 1 to 4096 are possible",
+                           ll(query_heads), ll(head_dim));
+    }
+    if (projection.extent(1) != query_heads * head_dim) {
       return status::error(errc::shape_mismatch, "W_O has %lld columns, %lld heads of %lld channels need %lld",
                            ll(projection.extent(1)), ll(query_heads), ll(head_dim), ll(query_heads * head_dim));
     }
