@@ -83,9 +83,10 @@ struct shape_case {
     sizes.kv_heads = sizes.head_dim * group > 300 ? 1 : 2;
     sizes.query_heads = sizes.kv_heads * group;
     sizes.queries = window + t % 3;
+    sizes.batch = t % 6 == 4 ? 3 : 1;
     sizes.sharpness = 0.5 + static_cast<double>(t % 5);
     // Where the product with W_O would take the reference seconds, the identity is measured instead.
-    const index_t work = sizes.query_heads * window * sizes.tokens * sizes.head_dim * sizes.head_dim;
+    const index_t work = sizes.batch * sizes.query_heads * window * sizes.tokens * sizes.head_dim * sizes.head_dim;
     sizes.hidden = work > 20'000'000 || sizes.query_heads * sizes.head_dim > 800 ? 0 : sizes.head_dim + t % 4 * 5 - 3;
     sizes.hidden = std::max<index_t>(sizes.hidden, 0);
   }
@@ -115,11 +116,59 @@ struct tally {
   index_t evicting = 0;
   index_t same_sets = 0;
   index_t other_windows = 0;  ///< drifts on the two sides of a step of the adaptive window
-  double worst = 0;           ///< difference of scores, in parts of the row's largest
+  index_t other_counts = 0;   ///< heads that got another budget
 };
 
 /// Float's part of a row's largest score: every difference above it must show in the kept set.
 constexpr double resolution = 2e-5;
+
+template <class Policy>
+void check_head(const Policy& policy, const selection_outcome<double>& exact, const selection_outcome<float>& fast,
+                index_t b, index_t h, const sequence_span& span, tally& count) {
+  const auto row = static_cast<std::size_t>(b * exact.heads + h);
+  const auto& wanted = exact.kept_of(b, h);
+  const auto& got = fast.kept_of(b, h);
+  ++count.heads;
+  count.evicting += static_cast<index_t>(wanted.size()) < span.length ? 1 : 0;
+  count.same_sets += got == wanted ? 1 : 0;
+  double largest = 0;
+  double largest_smoothed = 0;
+  double error = 0;
+  for (std::size_t n = 0; n < static_cast<std::size_t>(span.length); ++n) {
+    const double score = exact.scores_of(b, h)[n];
+    if (std::isnan(score) && std::isnan(fast.scores_of(b, h)[n])) continue;  // a window token
+    largest = std::max(largest, score);
+    largest_smoothed = std::max(largest_smoothed, exact.smoothed_of(b, h)[n]);
+    const double difference = std::fabs(score - double{fast.scores_of(b, h)[n]});
+    error = difference <= error ? error : difference;
+  }
+  CHECK(error <= resolution * largest);
+  if (const auto* adaptive = std::get_if<adaptive_window>(&policy.spatial.choice)) {
+    const double a = exact.drift[row];
+    const double other = fast.drift[row];
+    if (adaptive->width(a) != adaptive->width(other) || adaptive->shift(a) != adaptive->shift(other)) {
+      ++count.other_windows;
+      return;
+    }
+  }
+  if (got.size() != wanted.size()) {
+    ++count.other_counts;
+    return;
+  }
+  // The lowest score that only the reference keeps, the highest that only the other keeps.
+  const auto smoothed_at = [&](position_t n) {
+    return exact.smoothed_of(b, h)[static_cast<std::size_t>(n - span.begin)];
+  };
+  double lost = 0;
+  double won = std::numeric_limits<double>::infinity();
+  std::vector<position_t> differing;
+  std::set_difference(wanted.begin(), wanted.end(), got.begin(), got.end(), std::back_inserter(differing));
+  for (const position_t n : differing) lost = std::max(lost, smoothed_at(n));
+  differing.clear();
+  std::set_difference(got.begin(), got.end(), wanted.begin(), wanted.end(), std::back_inserter(differing));
+  for (const position_t n : differing) won = std::min(won, smoothed_at(n));
+  CHECK((got == wanted || lost - won <= 2 * resolution * largest_smoothed));
+}
 
 template <class Policy, class T>
 void check_agreement(const Policy& policy, const layer_view<T>& layer, tally& count) {
@@ -133,46 +182,12 @@ void check_agreement(const Policy& policy, const layer_view<T>& layer, tally& co
   REQUIRE(fast.result.ok());
   REQUIRE(pruned.result.ok());
   CHECK(pruned.kept == fast.kept);  // pruning is not allowed to be seen
-  for (index_t h = 0; h < exact.heads; ++h) {
-    CAPTURE(h);
-    const auto row = static_cast<std::size_t>(h);
-    ++count.heads;
-    const auto& wanted = exact.kept_of(0, h);
-    const auto& got = fast.kept_of(0, h);
-    REQUIRE(got.size() == wanted.size());
-    count.evicting += static_cast<index_t>(wanted.size()) < exact.tokens ? 1 : 0;
-    count.same_sets += got == wanted ? 1 : 0;
-    double largest = 0;
-    double largest_smoothed = 0;
-    double error = 0;
-    for (std::size_t n = 0; n < static_cast<std::size_t>(exact.tokens); ++n) {
-      const double score = exact.scores_of(0, h)[n];
-      if (std::isnan(score) && std::isnan(fast.scores_of(0, h)[n])) continue;  // a window token
-      largest = std::max(largest, score);
-      largest_smoothed = std::max(largest_smoothed, exact.smoothed_of(0, h)[n]);
-      const double difference = std::fabs(score - double{fast.scores_of(0, h)[n]});
-      error = difference <= error ? error : difference;
+  for (index_t b = 0; b < exact.batch; ++b) {
+    const sequence_span span = sequence(layer, b);
+    for (index_t h = 0; h < exact.heads; ++h) {
+      CAPTURE(b, h);
+      check_head(policy, exact, fast, b, h, span, count);
     }
-    CHECK(error <= resolution * largest);
-    count.worst = std::max(count.worst, largest > 0 ? error / largest : 0.0);
-    if (const auto* adaptive = std::get_if<adaptive_window>(&policy.spatial.choice)) {
-      const double a = exact.drift[row];
-      const double b = fast.drift[row];
-      if (adaptive->width(a) != adaptive->width(b) || adaptive->shift(a) != adaptive->shift(b)) {
-        ++count.other_windows;
-        continue;
-      }
-    }
-    // The lowest score that only the reference keeps, the highest that only the other keeps.
-    double lost = 0;
-    double won = std::numeric_limits<double>::infinity();
-    std::vector<position_t> differing;
-    std::set_difference(wanted.begin(), wanted.end(), got.begin(), got.end(), std::back_inserter(differing));
-    for (const position_t n : differing) lost = std::max(lost, exact.smoothed_of(0, h)[static_cast<std::size_t>(n)]);
-    differing.clear();
-    std::set_difference(got.begin(), got.end(), wanted.begin(), wanted.end(), std::back_inserter(differing));
-    for (const position_t n : differing) won = std::min(won, exact.smoothed_of(0, h)[static_cast<std::size_t>(n)]);
-    CHECK((got == wanted || lost - won <= 2 * resolution * largest_smoothed));
   }
 }
 
@@ -185,30 +200,40 @@ tally walk(index_t first, index_t cases, const Score& score, const TemporalOf& t
     arranged_layer<float> layer(shape.sizes, static_cast<unsigned>(turn + 100));
     output_metric metric;
     if (shape.sizes.hidden > 0) metric = attach_metric(layer);
+    if (turn % 5 == 2) {  // values that have much in common
+      for (index_t i = 0; i < layer.value.size(); ++i) layer.value.data[i] += 5.0f;
+    }
+    if (turn % 6 == 4) {
+      layer.pad_to({static_cast<std::int32_t>(shape.sizes.tokens / 2), static_cast<std::int32_t>(shape.sizes.tokens),
+                    static_cast<std::int32_t>(std::min(shape.window + 1, shape.sizes.tokens))},
+                   turn % 4 == 0 ? padding::left : padding::right);
+    }
+    const index_t budget = shape.window + 3 + (shape.sizes.tokens - shape.window) * (turn % 7) / 8;
     using policy_t = eviction_policy<Score, decltype(temporal(turn)), any_spatial, any_budget>;
     policy_t policy{.score = score,
                     .window = shape.window,
                     .temporal = temporal(turn),
                     .spatial = spatial_of(turn / 2),
                     .group = in_turn(reductions, turn + turn / 5),
-                    .budget = {uniform{shape.window + 3 + (shape.sizes.tokens - shape.window) * (turn % 7) / 8}},
+                    .budget = {uniform{budget}},
                     .protect = {.sink = turn % 3, .recent = 0}};
+    if (turn % 3 == 1) policy.budget.choice = ada_kv{.budget = budget, .normalise = turn % 2 == 0};
     if constexpr (requires { policy.score.order; }) {
       policy.score.order = turn % 2 == 0 ? query_order::before : query_order::after;
       policy.score.metric_of_distance = shape.sizes.hidden > 0 ? restkv::metric::projection : restkv::metric::identity;
     }
-    CAPTURE(turn, shape.window, shape.sizes.head_dim, shape.sizes.query_heads, shape.sizes.kv_heads,
-            shape.sizes.tokens, shape.sizes.hidden, int(policy.group), policy.spatial.choice.index());
+    CAPTURE(turn, shape.window, shape.sizes.head_dim, shape.sizes.query_heads, shape.sizes.kv_heads, shape.sizes.tokens,
+            shape.sizes.hidden, int(policy.group), policy.spatial.choice.index());
     check_agreement(policy, layer.view(), count);
   }
   return count;
 }
 
 void check_tally(const tally& count) {
-  CAPTURE(count.heads, count.evicting, count.same_sets, count.other_windows, count.worst);
-  CHECK(count.evicting > count.heads / 2);
+  CAPTURE(count.heads, count.evicting, count.same_sets, count.other_windows, count.other_counts);
+  CHECK(count.evicting > count.heads / 3);
   CHECK(count.same_sets > count.heads * 9 / 10);
-  CHECK(count.other_windows <= count.heads / 50);
+  CHECK(count.other_windows + count.other_counts <= count.heads / 50);
 }
 
 const auto largest_of_window = [](index_t) { return maximum{}; };
@@ -216,7 +241,7 @@ const auto largest_of_window = [](index_t) { return maximum{}; };
 }  // namespace
 
 TEST_CASE("rest_kv keeps the same tokens on both backends: linear temporal smoothers") {
-  check_tally(walk(0, 160, rest_kv{}, temporal_of));
+  check_tally(walk(0, 120, rest_kv{}, temporal_of));
 }
 
 TEST_CASE("rest_kv keeps the same tokens on both backends: the largest of the window") {

@@ -40,8 +40,9 @@ const layer_sizes sizes{.batch = 2,
 
 /// Bits, so that NaN equals itself and -0 is not 0.
 bool same_bits(std::span<const float> a, std::span<const float> b) {
-  return std::equal(a.begin(), a.end(), b.begin(), b.end(),
-                    [](float x, float y) { return std::bit_cast<std::uint32_t>(x) == std::bit_cast<std::uint32_t>(y); });
+  return std::equal(a.begin(), a.end(), b.begin(), b.end(), [](float x, float y) {
+    return std::bit_cast<std::uint32_t>(x) == std::bit_cast<std::uint32_t>(y);
+  });
 }
 
 void check_same(const selection_outcome<float>& a, const selection_outcome<float>& b) {
@@ -123,9 +124,9 @@ TEST_CASE("a prompt in chunks gives the bits of the whole prompt") {
   arranged_layer<float> whole(sizes, 4);
   const output_metric metric = attach_metric(whole);
   const auto expected = select_tokens(backend, policy, whole.view());
-  const std::vector<std::vector<index_t>> cuts{{96},          {1},        {202},         {0, 0, 100, 100, 203},
-                                               {50, 95, 97},  {192, 193}, {196, 197, 200},
-                                               {13, 26, 39, 52, 65, 78, 91, 104, 117, 130, 143, 156, 169, 182, 195}};
+  const std::vector<std::vector<index_t>> cuts{
+      {96},         {1},        {202},           {0, 0, 100, 100, 203},
+      {50, 95, 97}, {192, 193}, {196, 197, 200}, {13, 26, 39, 52, 65, 78, 91, 104, 117, 130, 143, 156, 169, 182, 195}};
   for (std::size_t i = 0; i < cuts.size(); ++i) {
     CAPTURE(i);
     const auto keys = cut_tokens(whole.key, cuts[i]);
@@ -212,8 +213,7 @@ TEST_CASE("with right padding, a query tensor of all tokens gives row i to token
   const auto batch = select_tokens(backend, policy, layer.view());
   for (index_t b = 0; b < all.batch; ++b) {
     const index_t length = lengths[static_cast<std::size_t>(b)];
-    const auto single =
-        select_tokens(backend, policy, alone(layer.view(), b, 0, length, length - window, window));
+    const auto single = select_tokens(backend, policy, alone(layer.view(), b, 0, length, length - window, window));
     check_same_sequence(batch, b, 0, single, 0, length);
   }
   // With left padding the last rows are the window's, however many there are.
@@ -255,8 +255,8 @@ TEST_CASE("heads in another order give the same results in that order") {
       for (index_t c = 0; c < d; ++c) weights.push_back(layer.projection_view()(row, h * d + c));
     }
   }
-  const output_metric turned_metric = build_metric({weights.data(), {three.hidden, three.query_heads * d}},
-                                                   three.query_heads, d);
+  const output_metric turned_metric =
+      build_metric({weights.data(), {three.hidden, three.query_heads * d}}, three.query_heads, d);
   turned.metric = turned_metric.view();
   const auto outcome = select_tokens(backend, policy, turned);
   REQUIRE(expected.result.ok());

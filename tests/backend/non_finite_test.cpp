@@ -67,8 +67,8 @@ template <class Score, class Temporal>
 void check_damage(const arranged_layer<float>& layer, const Score& score, const Temporal& temporal) {
   reference_backend reference;
   eigen_backend eigen;
-  for (const any_spatial& spatial :
-       {any_spatial{no_pool{}}, any_spatial{average_pool{}}, any_spatial{adaptive_window{.min_width = 3, .scale = 7.0f}}}) {
+  for (const any_spatial& spatial : {any_spatial{no_pool{}}, any_spatial{average_pool{}},
+                                     any_spatial{adaptive_window{.min_width = 3, .scale = 7.0f}}}) {
     CAPTURE(spatial.choice.index());
     const auto policy = make_policy(score, temporal, spatial);
     const auto exact = select_tokens(reference, policy, layer.view());
@@ -86,26 +86,24 @@ struct place {
   std::function<void(arranged_layer<float>&, float)> damage;
 };
 
-const place places[] = {
-    {"one channel of a key", [](auto& l, float bad) { l.key(0, 1, 40, 3) = bad; }},
-    {"a whole key",
-     [](auto& l, float bad) {
-       for (index_t c = 0; c < sizes.head_dim; ++c) l.key(0, 1, 40, c) = bad;
-     }},
-    {"a key of the window", [](auto& l, float bad) { l.key(0, 1, 147, 2) = bad; }},
-    {"all keys of the past",
-     [](auto& l, float bad) {
-       for (index_t n = 0; n < past; ++n) l.key(0, 1, n, 2) = bad;
-     }},
-    {"a query", [](auto& l, float bad) { l.query(0, 3, 3, 1) = bad; }},
-    {"the newest query", [](auto& l, float bad) { l.query(0, 3, 5, 1) = bad; }},
-    {"a value", [](auto& l, float bad) { l.value(0, 1, 40, 3) = bad; }},
-    {"the first value", [](auto& l, float bad) { l.value(0, 1, 0, 0) = bad; }},
-    {"a value of the window", [](auto& l, float bad) { l.value(0, 1, 147, 3) = bad; }},
-    {"all values",
-     [](auto& l, float bad) {
-       for (index_t n = 0; n < sizes.tokens; ++n) l.value(0, 1, n, 1) = bad;
-     }}};
+const place places[] = {{"one channel of a key", [](auto& l, float bad) { l.key(0, 1, 40, 3) = bad; }},
+                        {"a whole key",
+                         [](auto& l, float bad) {
+                           for (index_t c = 0; c < sizes.head_dim; ++c) l.key(0, 1, 40, c) = bad;
+                         }},
+                        {"a key of the window", [](auto& l, float bad) { l.key(0, 1, 147, 2) = bad; }},
+                        {"all keys of the past",
+                         [](auto& l, float bad) {
+                           for (index_t n = 0; n < past; ++n) l.key(0, 1, n, 2) = bad;
+                         }},
+                        {"a query", [](auto& l, float bad) { l.query(0, 3, 3, 1) = bad; }},
+                        {"the newest query", [](auto& l, float bad) { l.query(0, 3, 5, 1) = bad; }},
+                        {"a value", [](auto& l, float bad) { l.value(0, 1, 40, 3) = bad; }},
+                        {"the first value", [](auto& l, float bad) { l.value(0, 1, 0, 0) = bad; }},
+                        {"a value of the window", [](auto& l, float bad) { l.value(0, 1, 147, 3) = bad; }},
+                        {"all values", [](auto& l, float bad) {
+                           for (index_t n = 0; n < sizes.tokens; ++n) l.value(0, 1, n, 1) = bad;
+                         }}};
 
 }  // namespace
 
@@ -205,7 +203,8 @@ TEST_CASE("damage stays in its KV head") {
       where.damage(layer, bad);
       const auto after = select_tokens(backend, policy, layer.view());
       const auto same = [](float a, float b) { return a == b || (std::isnan(a) && std::isnan(b)); };
-      CHECK(std::equal(before.scores_of(0, 0).begin(), before.scores_of(0, 0).end(), after.scores_of(0, 0).begin(), same));
+      CHECK(std::equal(before.scores_of(0, 0).begin(), before.scores_of(0, 0).end(), after.scores_of(0, 0).begin(),
+                       same));
       CHECK(before.kept_of(0, 0) == after.kept_of(0, 0));
     }
   }

@@ -63,7 +63,8 @@ struct golden_case {
     made.group = settings.value("group", "none") == "mean" ? group_reduce::mean : group_reduce::none;
     made.budget.choice = uniform{budget};
     if (settings.at("method") == "adakv") {
-      made.budget.choice = ada_kv{.budget = budget, .floor = settings.at("floor"), .normalise = settings.at("normalize")};
+      made.budget.choice =
+          ada_kv{.budget = budget, .floor = settings.at("floor"), .normalise = settings.at("normalize")};
     }
     return made;
   }

@@ -10,7 +10,9 @@ namespace restkv_test::oracle {
 template <class T>
 void mark_token(arranged_layer<T>& layer, index_t head, index_t n, index_t channel) {
   const index_t kv_head = head / (layer.sizes.query_heads / layer.sizes.kv_heads);
-  for (index_t m = 0; m < layer.sizes.tokens; ++m) layer.key(0, kv_head, m, channel) = layer.element(m == n ? 4.0 : 0.0);
+  for (index_t m = 0; m < layer.sizes.tokens; ++m) {
+    layer.key(0, kv_head, m, channel) = layer.element(m == n ? 4.0 : 0.0);
+  }
   for (index_t h = 0; h < layer.sizes.query_heads; ++h) {
     for (index_t i = 0; i < layer.sizes.queries; ++i) layer.query(0, h, i, channel) = layer.element(0.0);
   }

@@ -46,8 +46,13 @@ template <restkv::element T>
 [[nodiscard]] problem problem_of(const arranged_layer<T>& layer, index_t batch, index_t window, bool projected) {
   const auto number = [](T element) { return static_cast<real>(restkv::widen<double>(element)); };
   const layer_sizes& sizes = layer.sizes;
-  problem p{sizes.query_heads, sizes.kv_heads, sizes.head_dim, sizes.tokens, window, projected ? sizes.hidden : 0,
-            {}, {}, {}, {}};
+  problem p;
+  p.query_heads = sizes.query_heads;
+  p.kv_heads = sizes.kv_heads;
+  p.head_dim = sizes.head_dim;
+  p.length = sizes.tokens;
+  p.window = window;
+  p.hidden = projected ? sizes.hidden : 0;
   for (index_t h = 0; h < p.query_heads; ++h) {
     for (index_t i = sizes.queries - window; i < sizes.queries; ++i) {
       for (index_t c = 0; c < p.head_dim; ++c) p.query.push_back(number(layer.query(batch, h, i, c)));
@@ -146,7 +151,7 @@ struct scores {
   /// What relative rounding errors of 1 in o, v and W would change in a score, at most. Divided by the score it is the
   /// condition number of the last steps, large where v is nearly o. [past]
   reals sensitivity;
-  reals own_error;        ///< bound on the rounding of this oracle. [past]
+  reals own_error;         ///< bound on the rounding of this oracle. [past]
   real largest_share = 0;  ///< over the past tokens (and queries)
   real smallest_rest = 1;  ///< 1 less that, added up from the other tokens
 };
@@ -207,7 +212,7 @@ struct scores {
       const reals value(p.value_of(head, n), p.value_of(head, n) + p.head_dim);
       const real terms = weights * (length_of(whole) + length_of(value));
       sensitivity[at] = std::max(sensitivity[at], sensitivity_of(score, odds, change / odds, terms,
-                                                                weights * length_of(difference) / odds, how.tau));
+                                                                 weights * length_of(difference) / odds, how.tau));
       const real rounding = std::numeric_limits<real>::epsilon() * static_cast<real>(p.length) * terms;
       own_error[at] = std::max(own_error[at], change > 0 ? how.tau * score * rounding / change : rounding);
       if (share[at] > result.largest_share) {
@@ -222,8 +227,8 @@ struct scores {
   return result;
 }
 
-/// Order `after`: the attention rows are reduced first, over past tokens, and o-bar = sum over the past of a-bar v is not
-/// renormalised; score = a-bar / (1 - a-bar) ||W (o-bar - v)||^tau.
+/// Order `after`: the attention rows are reduced first, over past tokens, and o-bar = sum over the past of a-bar v is
+/// not renormalised; score = a-bar / (1 - a-bar) ||W (o-bar - v)||^tau.
 [[nodiscard]] inline scores smoothed_scores(const problem& p, index_t head, const settings& how) {
   scores result;
   std::vector<reals> rows;

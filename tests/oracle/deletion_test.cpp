@@ -63,8 +63,7 @@ void check_scores(const arranged_layer<T>& layer, const policy_of<Temporal>& pol
       const real score = truth.score[n];
       const real exact_error = std::fabs(static_cast<real>(exact.scores_of(0, h)[n]) - score);
       const real fast_error = std::fabs(static_cast<real>(fast.scores_of(0, h)[n]) - score);
-      const real rounding =
-          truth.own_error[n] + 64 * std::numeric_limits<double>::epsilon() * truth.sensitivity[n];
+      const real rounding = truth.own_error[n] + 64 * std::numeric_limits<double>::epsilon() * truth.sensitivity[n];
       const auto keep_worst = [](real& worst, real error) { worst = error <= worst ? worst : error; };  // NaN stays
       keep_worst(reference_error, exact_error / (1e-10L * score + rounding));
       keep_worst(eigen_row_error, fast_error / (1e-4L * largest));
@@ -125,7 +124,8 @@ const index_t past = sizes.tokens - window;
 
 }  // namespace
 
-TEMPLATE_TEST_CASE("a score is what deleting the token does, whatever the attention", "", float, half, bfloat16, double) {
+TEMPLATE_TEST_CASE("a score is what deleting the token does, whatever the attention", "", float, half, bfloat16,
+                   double) {
   tally count;
   variants variant;
   for (const double rest : {0.5, 1e-2, 1e-4, 1e-6, 1e-9, 1e-12}) {
@@ -177,4 +177,18 @@ TEST_CASE("a score is what deleting the token does under the window's largest, w
   }
   CHECK(count.reference_to_1e_10 > count.tokens * 7 / 10);
   CHECK(count.eigen_to_1e_4 > count.tokens * 7 / 10);
+}
+
+TEST_CASE("a score is what deleting the token does where all values share a large part, which cancels") {
+  tally count;
+  variants variant;
+  arranged_layer<float> layer(sizes, 8);
+  const output_metric metric = attach_metric(layer);
+  for (index_t i = 0; i < layer.value.size(); ++i) layer.value.data[i] += 100.0f;
+  for (int turn = 0; turn < 12; ++turn) {
+    variant.next();
+    CAPTURE(turn, variant.score.tau, variant.score.normalised, int(variant.score.metric_of_distance));
+    check_scores(layer, make_policy(variant.score, any_linear_temporal{mean{}}), variant.how, count);
+  }
+  CHECK(count.eigen_to_1e_4 < count.tokens / 2);  // all of them to 1e-4 of the row's largest
 }

@@ -16,7 +16,8 @@ using namespace restkv;
 
 namespace {
 
-/// Positions of the `count` largest of a row, in ascending order of value; of equal ones the smaller position is larger.
+/// Positions of the `count` largest of a row, in ascending order of value; of equal ones the smaller position is
+/// larger.
 std::vector<index_t> ranked(const oracle::reals& row, index_t count) {
   std::vector<index_t> order(row.size());
   std::iota(order.begin(), order.end(), index_t{0});
@@ -86,7 +87,8 @@ TEST_CASE("the drift is the mean difference of positions, rank by rank, of rows 
       const layer_sizes sizes{.query_heads = 4, .kv_heads = 2, .head_dim = 4, .tokens = 120, .queries = 9};
       const auto layer = exact_layer(sizes, window, levels, static_cast<unsigned>(window + 10 * levels));
       const oracle::problem p = oracle::problem_of(layer, 0, window, false);
-      for (const index_t budget : {window, window + 1, window + 10, sizes.tokens - 3, sizes.tokens, sizes.tokens + 50}) {
+      for (const index_t budget :
+           {window, window + 1, window + 10, sizes.tokens - 3, sizes.tokens, sizes.tokens + 50}) {
         policy_t policy{.score = {},
                         .window = window,
                         .temporal = {},

@@ -65,7 +65,9 @@ void check_usable(const selection_outcome<Real>& outcome) {
   REQUIRE(outcome.result.ok());
   for (index_t h = 0; h < outcome.heads; ++h) {
     index_t finite = 0;
-    for (index_t n = 0; n < past; ++n) finite += std::isfinite(outcome.scores_of(0, h)[static_cast<std::size_t>(n)]) ? 1 : 0;
+    for (index_t n = 0; n < past; ++n) {
+      finite += std::isfinite(outcome.scores_of(0, h)[static_cast<std::size_t>(n)]) ? 1 : 0;
+    }
     CHECK(finite == past);
     const auto& kept = outcome.kept_of(0, h);
     CHECK(kept.size() == 30);
@@ -95,7 +97,9 @@ void check_usable(const arranged_layer<T>& layer, const Temporal& temporal) {
 template <class T>
 constexpr double large = std::is_same_v<T, half> ? 6e4 : 1e30;
 template <class T>
-constexpr double smallest = std::is_same_v<T, half> ? 0x1p-24 : std::is_same_v<T, bfloat16> ? 0x1p-133 : 0x1p-149;
+constexpr double smallest = std::is_same_v<T, half>       ? 0x1p-24
+                            : std::is_same_v<T, bfloat16> ? 0x1p-133
+                                                          : 0x1p-149;
 
 template <class T>
 struct extreme {
@@ -200,6 +204,9 @@ TEMPLATE_TEST_CASE("deleting a token that holds all attention does what it does,
           CHECK((largest > 0.1L) == (target < past));
         }
         CHECK(fast.kept == exact.kept);  // the others keep their order, too
+        auto grouped = policy;
+        grouped.group = group_reduce::l2;
+        CHECK(select_tokens(eigen, grouped, layer.view()).kept == select_tokens(reference, grouped, layer.view()).kept);
       }
     }
   }

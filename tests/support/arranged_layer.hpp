@@ -75,12 +75,12 @@ class arranged_layer {
   ~arranged_layer() = default;
 
   layer_sizes sizes;
-  tensor_view<T, 4> query;             ///< [batch, query_heads, queries, head_dim]
-  tensor_view<T, 4> key;               ///< [batch, kv_heads, tokens, head_dim]
-  tensor_view<T, 4> value;             ///< [batch, kv_heads, tokens, head_dim]
-  std::vector<T> projection;           ///< [hidden, query_heads * head_dim]
+  tensor_view<T, 4> query;              ///< [batch, query_heads, queries, head_dim]
+  tensor_view<T, 4> key;                ///< [batch, kv_heads, tokens, head_dim]
+  tensor_view<T, 4> value;              ///< [batch, kv_heads, tokens, head_dim]
+  std::vector<T> projection;            ///< [hidden, query_heads * head_dim]
   restkv::output_metric_view metric{};  ///< see layer_metric.hpp
-  std::vector<std::int32_t> lengths;   ///< [batch], or empty
+  std::vector<std::int32_t> lengths;    ///< [batch], or empty
   restkv::padding pad = restkv::padding::left;
 
   /// A number as an element; through float, so that double layers hold the same numbers.

@@ -17,8 +17,8 @@ template <restkv::element T>
 [[nodiscard]] restkv::output_metric attach_metric(arranged_layer<T>& layer) {
   std::vector<float> weights;
   for (const T weight : layer.projection) weights.push_back(restkv::widen<float>(weight));
-  restkv::output_metric metric = build_metric({weights.data(), layer.projection_view().extents},
-                                              layer.sizes.query_heads, layer.sizes.head_dim);
+  restkv::output_metric metric =
+      build_metric({weights.data(), layer.projection_view().extents}, layer.sizes.query_heads, layer.sizes.head_dim);
   layer.metric = metric.view();
   return metric;
 }

@@ -20,10 +20,10 @@ struct selection_outcome {
   index_t batch = 0;
   index_t heads = 0;
   index_t tokens = 0;
-  std::vector<Real> score;                     ///< [batch, heads, tokens]; NaN where it is not defined
-  std::vector<Real> smoothed;                  ///< [batch, heads, tokens]
-  std::vector<double> drift;                   ///< [batch, heads]
-  std::vector<std::vector<position_t>> kept;   ///< [batch * heads]
+  std::vector<Real> score;                    ///< [batch, heads, tokens]; NaN where it is not defined
+  std::vector<Real> smoothed;                 ///< [batch, heads, tokens]
+  std::vector<double> drift;                  ///< [batch, heads]
+  std::vector<std::vector<position_t>> kept;  ///< [batch * heads]
 
   [[nodiscard]] std::span<const Real> scores_of(index_t b, index_t h) const { return row(score, b, h); }
   [[nodiscard]] std::span<const Real> smoothed_of(index_t b, index_t h) const { return row(smoothed, b, h); }
