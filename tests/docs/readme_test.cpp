@@ -15,6 +15,7 @@ namespace {
 
 /// What an engine would own: cache and output projection of one layer.
 struct engine_memory {
+  restkv_test::random_engine random{7};
   index_t tokens = 1500;
   index_t query_heads = 4;
   index_t kv_heads = 2;
@@ -30,7 +31,6 @@ struct engine_memory {
     for (half& number : made) number = restkv::narrow<half>(scale * restkv_test::normal(random));
     return made;
   }
-  restkv_test::random_engine random{7};
 };
 
 }  // namespace
