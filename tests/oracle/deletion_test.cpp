@@ -192,3 +192,40 @@ TEST_CASE("a score is what deleting the token does where all values share a larg
   }
   CHECK(count.eigen_to_1e_4 < count.tokens / 2);  // all of them to 1e-4 of the row's largest
 }
+
+TEST_CASE("the scores of a group's heads become one by the reduction's definition") {
+  reference_backend reference;
+  eigen_backend eigen;
+  layer_sizes wide = sizes;
+  wide.query_heads = 6;
+  arranged_layer<float> layer(wide, 9);
+  const output_metric metric = attach_metric(layer);
+  for (const auto order : {query_order::before, query_order::after}) {
+    auto policy = make_policy(rest_kv{.order = order}, any_linear_temporal{});
+    const auto heads = select_tokens(reference, policy, layer.view());  // one row per query head
+    for (const auto how : {group_reduce::mean, group_reduce::max, group_reduce::sum, group_reduce::l2}) {
+      policy.group = how;
+      const auto exact = select_tokens(reference, policy, layer.view());
+      const auto fast = select_tokens(eigen, policy, layer.view());
+      REQUIRE(exact.heads == 2);
+      double exact_error = 0;
+      double fast_error = 0;
+      for (index_t h = 0; h < 2; ++h) {
+        for (std::size_t n = 0; n < static_cast<std::size_t>(past); ++n) {
+          const double a = heads.scores_of(0, 3 * h)[n];
+          const double b = heads.scores_of(0, 3 * h + 1)[n];
+          const double c = heads.scores_of(0, 3 * h + 2)[n];
+          const double wanted = how == group_reduce::mean  ? (a + b + c) / 3
+                                : how == group_reduce::max ? std::max({a, b, c})
+                                : how == group_reduce::sum ? a + b + c
+                                                           : std::sqrt(a * a + b * b + c * c);
+          exact_error = std::max(exact_error, std::fabs(exact.scores_of(0, h)[n] - wanted) / wanted);
+          fast_error = std::max(fast_error, std::fabs(double{fast.scores_of(0, h)[n]} - wanted) / wanted);
+        }
+      }
+      CAPTURE(int(order), int(how));
+      CHECK(exact_error < 1e-13);
+      CHECK(fast_error < 1e-4);
+    }
+  }
+}
