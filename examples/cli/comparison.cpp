@@ -28,7 +28,8 @@ known_tensor<T> read_known(const safetensors_file& file, const std::string& path
     known.columns = view.extent(1);
   }
   if (known.rows != rows) {
-    throw input_error(fmt::format("{}: tensor {} has {} rows, the configuration gives {}", path, name, known.rows, rows));
+    throw input_error(
+        fmt::format("{}: tensor {} has {} rows, the configuration gives {}", path, name, known.rows, rows));
   }
   return known;
 }
@@ -95,7 +96,8 @@ void comparison::floats(const known_tensor<float>& known, const std::vector<doub
   const std::string sentence =
       fmt::format("{} of row {} differs by {:.3g} of the row's maximum", known.name, row, error);
   if (rounding && worst_row(&rounding()).first <= tolerance_) {
-    outcome_.notes.push_back(labelled(sentence + ", within the rounding of known scores that come from a / (1 - a) in float"));
+    outcome_.notes.push_back(
+        labelled(sentence + ", within the rounding of known scores that come from a / (1 - a) in float"));
     return;
   }
   mismatch(fmt::format("{}, {:g} is allowed", sentence, tolerance_));
@@ -136,7 +138,8 @@ void comparison::kept_sets(const known_tensor<std::int32_t>& known, const select
     }
     const std::vector<position_t> kept = ours.kept_past(h);
     if (kept.size() != expected.size()) {
-      mismatch(fmt::format("{} of row {} holds {} positions, {} were kept", known.name, h, expected.size(), kept.size()));
+      mismatch(
+          fmt::format("{} of row {} holds {} positions, {} were kept", known.name, h, expected.size(), kept.size()));
       return;
     }
     std::vector<position_t> differing;

@@ -28,8 +28,8 @@ struct known_tensor {
 /// Reads a tensor of floats or of whole numbers. Throws input_error, beginning with `path`, unless it is there with
 /// `rows` rows, and as many axes as asked for.
 template <class T>
-[[nodiscard]] known_tensor<T> read_known(const safetensors_file& file, const std::string& path,
-                                         const std::string& name, index_t rows, std::size_t axes);
+[[nodiscard]] known_tensor<T> read_known(const safetensors_file& file, const std::string& path, const std::string& name,
+                                         index_t rows, std::size_t axes);
 
 /// What came out for one file.
 struct file_outcome {

@@ -55,7 +55,8 @@ void read_value(const key_facts& key, const json& value, Member& member, const s
       }
     }
     const bool is_method = std::is_same_v<Member, method_kind>;
-    throw reject(fmt::format("which is not {}: {}", is_method ? "supported; supported are" : "known; known are", known));
+    throw reject(
+        fmt::format("which is not {}: {}", is_method ? "supported; supported are" : "known; known are", known));
   } else if constexpr (std::is_same_v<Member, bool>) {
     if (!value.is_boolean()) throw reject("must be true or false");
     member = value.get<bool>();
@@ -63,8 +64,9 @@ void read_value(const key_facts& key, const json& value, Member& member, const s
     if (!value.is_number()) throw reject("must be a number");
     member = static_cast<Member>(value.get<double>());
   } else {
-    const bool fits = value.is_number_unsigned() ? std::in_range<Member>(value.get<std::uint64_t>())
-                                                 : value.is_number_integer() && std::in_range<Member>(value.get<std::int64_t>());
+    const bool fits = value.is_number_unsigned()
+                          ? std::in_range<Member>(value.get<std::uint64_t>())
+                          : value.is_number_integer() && std::in_range<Member>(value.get<std::int64_t>());
     if (!fits) {
       throw reject(fmt::format("must be a whole number within [{}, {}]", std::numeric_limits<Member>::min(),
                                std::numeric_limits<Member>::max()));
@@ -203,8 +205,7 @@ void apply(configuration& c, const json& object, const std::string& where) {
   for (const auto& [key, value] : object.items()) {
     const auto reader = readers.find(key);
     if (reader == readers.end()) {
-      throw input_error(
-          fmt::format("{}: unknown key {}; known are: {}", where, shown(json(key)), joined(known)));
+      throw input_error(fmt::format("{}: unknown key {}; known are: {}", where, shown(json(key)), joined(known)));
     }
     reader->second(value);
   }

@@ -24,14 +24,15 @@ void add_key_option(CLI::App& command, const key_facts& key, const std::shared_p
         ->group("Configuration");
   } else if constexpr (std::is_same_v<Value, bool>) {
     const std::string flags = std::string(key.option) + ",!--no-" + (key.option + 2);
-    command.add_flag_function(
-               flags, [keys, name](std::int64_t count) { (*keys)[name] = count > 0; }, key.meaning)
+    command
+        .add_flag_function(
+            flags, [keys, name](std::int64_t count) { (*keys)[name] = count > 0; }, key.meaning)
         ->group("Configuration");
   } else {
     using number = std::conditional_t<std::is_floating_point_v<Value>, double, Value>;
     command
-        .add_option_function<number>(key.option, [keys, name](const number& value) { (*keys)[name] = value; },
-                                     key.meaning)
+        .add_option_function<number>(
+            key.option, [keys, name](const number& value) { (*keys)[name] = value; }, key.meaning)
         ->group("Configuration");
   }
 }

@@ -26,10 +26,10 @@ void layer_file::read(std::string_view name, float_tensor<Rank>& out, bool allow
       place = std::to_string(rest % out.view.extent(axis)) + (place.empty() ? "" : ", ") + place;
       rest /= out.view.extent(axis);
     }
-    throw input_error(fmt::format("{}: tensor {} holds {} at [{}]; {} of its {} elements are not finite "
-                                  "(--allow-non-finite goes on)",
-                                  path_, full, out.elements[static_cast<std::size_t>(first)], place, count,
-                                  out.view.size()));
+    throw input_error(
+        fmt::format("{}: tensor {} holds {} at [{}]; {} of its {} elements are not finite "
+                    "(--allow-non-finite goes on)",
+                    path_, full, out.elements[static_cast<std::size_t>(first)], place, count, out.view.size()));
   }
   // An empty tensor is there, too: give it an address.
   if (out.view.data == nullptr) {
@@ -44,7 +44,8 @@ layer_file::layer_file(const safetensors_file& file, std::string path, std::stri
   read("v", value_, allow_non_finite);
   const auto fit = [&](const char* tensor, index_t has, const char* what, const std::string& other, index_t needed) {
     if (has != needed) {
-      throw input_error(fmt::format("{}: tensor {}{} has {} {}, {} {}", path_, prefix_, tensor, has, what, other, needed));
+      throw input_error(
+          fmt::format("{}: tensor {}{} has {} {}, {} {}", path_, prefix_, tensor, has, what, other, needed));
     }
   };
   fit("v", value_.view.extent(0), "heads", "k has", kv_heads());

@@ -28,9 +28,9 @@ struct float_tensor {
 /// head_dim] of a file. q holds the last n queries. k and v must be there, q and wo where the policy needs them.
 class layer_file {
  public:
-  /// Takes the tensors called prefix + "q" and so on. Throws input_error that names `path`, the tensor and both numbers:
-  /// missing tensors, whole-number dtypes, another number of axes, shapes that do not fit each other, and elements that
-  /// are not finite unless `allow_non_finite`.
+  /// Takes the tensors called prefix + "q" and so on. Throws input_error that names `path`, the tensor and both
+  /// numbers: missing tensors, whole-number dtypes, another number of axes, shapes that do not fit each other, and
+  /// elements that are not finite unless `allow_non_finite`.
   layer_file(const safetensors_file& file, std::string path, std::string prefix, bool allow_non_finite);
 
   layer_file(const layer_file&) = delete;
@@ -43,8 +43,9 @@ class layer_file {
   [[nodiscard]] index_t head_dim() const noexcept { return key_.view.extent(2); }
   [[nodiscard]] bool has(const std::string& name) const noexcept { return file_.find(prefix_ + name) != nullptr; }
 
-  /// The layer; with the metric of W_O where the configuration measures through it. Valid as long as this object. Throws
-  /// input_error where the configuration needs a tensor that the file does not have, and for a W_O that is not finite.
+  /// The layer; with the metric of W_O where the configuration measures through it. Valid as long as this object.
+  /// Throws input_error where the configuration needs a tensor that the file does not have, and for a W_O that is not
+  /// finite.
   [[nodiscard]] layer_view<float> view(const configuration& c);
 
   /// The bytes that a token of one head takes, key and value together, as the file stores them.

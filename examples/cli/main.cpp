@@ -45,8 +45,8 @@ int fail(const invocation& run, const std::string& message) {
 int run_program(int count, char** arguments) {
   invocation run;
   CLI::App app("Decides which entries of a transformer's KV cache to keep.", "restkv");
-  app.set_version_flag("--version", fmt::format("restkv {}.{}.{}", RESTKV_VERSION_MAJOR, RESTKV_VERSION_MINOR,
-                                                RESTKV_VERSION_PATCH));
+  app.set_version_flag(
+      "--version", fmt::format("restkv {}.{}.{}", RESTKV_VERSION_MAJOR, RESTKV_VERSION_MINOR, RESTKV_VERSION_PATCH));
   app.require_subcommand(1);
   // Known before anything is parsed, so that a failure to parse is reported as wished, too.
   run.json = std::any_of(arguments, arguments + count, [](std::string_view text) { return text == "--json"; });

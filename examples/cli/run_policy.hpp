@@ -46,8 +46,7 @@ namespace restkv::cli {
 
 template <tensor_backend Backend, token_score Score, temporal_smoother Temporal>
 selection run_parts(Backend& backend, const configuration& c, const Score& score, const Temporal& temporal,
-                    const layer_view<float>& layer, const std::string& where,
-                    inspection what = inspection::scores) {
+                    const layer_view<float>& layer, const std::string& where, inspection what = inspection::scores) {
   using real = typename Backend::score_type;
   const eviction_policy<Score, Temporal, any_spatial, any_budget> policy{
       .score = score,
@@ -103,8 +102,8 @@ selection run_score(Backend& backend, const configuration& c, const Score& score
 }
 
 template <tensor_backend Backend>
-selection run_policy(Backend& backend, const configuration& c, const layer_view<float>& layer,
-                     const std::string& where, inspection what = inspection::scores) {
+selection run_policy(Backend& backend, const configuration& c, const layer_view<float>& layer, const std::string& where,
+                     inspection what = inspection::scores) {
   switch (c.method) {
     case method_kind::snapkv:
     case method_kind::adakv: return run_score(backend, c, snap_kv{}, layer, where, what);

@@ -84,18 +84,11 @@ void report(const invocation& run, const select_options& options, const configur
             const summary& s) {
   const char* const granularity = c.per_query_head() ? "query head" : "kv head";
   if (run.json) {
-    nlohmann::json object{{"file", options.input},
-                          {"output", options.output},
-                          {"configuration", to_json(c)},
-                          {"backend", options.backend},
-                          {"granularity", granularity},
-                          {"heads", chosen.heads},
-                          {"tokens", s.tokens},
-                          {"window", s.tokens - chosen.past},
-                          {"head_lengths", chosen.lengths},
-                          {"cache_bytes", s.cache_bytes},
-                          {"kept_bytes", s.kept_bytes},
-                          {"window_error", nullptr}};
+    nlohmann::json object{
+        {"file", options.input},        {"output", options.output},         {"configuration", to_json(c)},
+        {"backend", options.backend},   {"granularity", granularity},       {"heads", chosen.heads},
+        {"tokens", s.tokens},           {"window", s.tokens - chosen.past}, {"head_lengths", chosen.lengths},
+        {"cache_bytes", s.cache_bytes}, {"kept_bytes", s.kept_bytes},       {"window_error", nullptr}};
     if (s.error) object["window_error"] = {{"mean", s.error->mean}, {"worst", s.error->worst}};
     print(object.dump(2, ' ', false, nlohmann::json::error_handler_t::replace) + "\n");
     return;
@@ -174,9 +167,12 @@ void add_select_command(CLI::App& app, invocation& run) {
   add_output_options(command, run);
   add_configuration_options(command, options->configuration);
   command.footer(
-      "Writes score, smoothed [heads, tokens - window], indices [heads, most] (kept tokens before the window, ascending,\n"
-      "-1 where a head keeps fewer), head_lengths [heads] (window included); with an adaptive window kernel, shift and\n"
-      "drift [heads]; with --compact k and v [heads, kept, channels], or [total, channels] and offsets [heads + 1] where\n"
+      "Writes score, smoothed [heads, tokens - window], indices [heads, most] (kept tokens before the window, "
+      "ascending,\n"
+      "-1 where a head keeps fewer), head_lengths [heads] (window included); with an adaptive window kernel, shift "
+      "and\n"
+      "drift [heads]; with --compact k and v [heads, kept, channels], or [total, channels] and offsets [heads + 1] "
+      "where\n"
       "heads keep different numbers. A file without a configuration gets the preset standard.");
   command.callback([options, &run] { run_select(run, *options); });
 }

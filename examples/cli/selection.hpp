@@ -53,8 +53,8 @@ struct names<backend_kind> {
 /// that budgets and smoothings can be compared without scoring again.
 using score_memory = std::map<std::string, std::vector<double>>;
 
-/// Whether a selection shows its scores. Without them a backend may leave out what cannot change the kept set, as it does
-/// in an engine.
+/// Whether a selection shows its scores. Without them a backend may leave out what cannot change the kept set, as it
+/// does in an engine.
 enum class inspection { scores, kept_only };
 
 /// Each throws input_error, beginning with `where`, when the policy cannot be run on the layer.
@@ -63,10 +63,10 @@ enum class inspection { scores, kept_only };
 [[nodiscard]] selection run_reference(const configuration& c, const layer_view<float>& layer, score_memory& memory,
                                       const std::string& where);
 
-/// How far scores that were computed in float from a / (1 - a), as the release computes them, may lie from the exact ones.
-/// a is a quotient of sums over `tokens` exponentials: its rounding grows as their square root. Near 1 it is all that is
-/// left of 1 - a, so that the relative error of a score is 2^-24 sqrt(tokens) (1 + odds). In `score`, and in `smoothed`
-/// what spatial smoothing makes of it. For a configuration with `scores_odds()`.
+/// How far scores that were computed in float from a / (1 - a), as the release computes them, may lie from the exact
+/// ones. a is a quotient of sums over `tokens` exponentials: its rounding grows as their square root. Near 1 it is all
+/// that is left of 1 - a, so that the relative error of a score is 2^-24 sqrt(tokens) (1 + odds). In `score`, and in
+/// `smoothed` what spatial smoothing makes of it. For a configuration with `scores_odds()`.
 [[nodiscard]] selection rounding_of_release(const configuration& c, const layer_view<float>& layer,
                                             const std::string& where);
 

@@ -72,7 +72,9 @@ window_errors errors_of(const selection& chosen, const layer_view<float>& layer,
 void add_error_tensors(safetensors_writer& out, const selection& chosen, const layer_view<float>& layer,
                        const configuration& c, int threads, const std::string& where) {
   const window_errors errors = errors_of(chosen, layer, c, backend_kind::eigen, threads, where);
-  const auto narrowed = [](const std::vector<double>& values) { return std::vector<float>(values.begin(), values.end()); };
+  const auto narrowed = [](const std::vector<double>& values) {
+    return std::vector<float>(values.begin(), values.end());
+  };
   const auto add_rows = [&](const char* name, const std::vector<double>& values) {
     const std::vector<float> elements = narrowed(values);
     if (!elements.empty()) {

@@ -95,7 +95,7 @@ void compare_selection(const case_problem& problem, const selection& chosen, com
   }
   std::vector<double> ranking = chosen.smoothed;
   std::optional<selection> rounding;
-  const auto rounding_of = [&](std::vector<double> selection::* which) -> std::function<const std::vector<double>&()> {
+  const auto rounding_of = [&](std::vector<double> selection::*which) -> std::function<const std::vector<double>&()> {
     if (!c.scores_odds()) return {};
     return [&problem, &rounding, which]() -> const std::vector<double>& {
       if (!rounding) rounding = rounding_of_release(problem.c, problem.layer, problem.path);
@@ -103,7 +103,8 @@ void compare_selection(const case_problem& problem, const selection& chosen, com
     };
   };
   if (problem.has("score")) {
-    compare.floats(problem.known<float>("score", chosen.heads, 2), chosen.score, chosen.past, rounding_of(&selection::score));
+    compare.floats(problem.known<float>("score", chosen.heads, 2), chosen.score, chosen.past,
+                   rounding_of(&selection::score));
   }
   if (problem.has("smoothed")) {
     const known_tensor<float> known = problem.known<float>("smoothed", chosen.heads, 2);
@@ -111,11 +112,13 @@ void compare_selection(const case_problem& problem, const selection& chosen, com
     if (known.columns == chosen.past) ranking.assign(known.elements.begin(), known.elements.end());
   }
   if (problem.has("indices")) {
-    compare.kept_sets(problem.known<std::int32_t>("indices", chosen.heads, 2), chosen, ranking, margin_of(problem.file));
+    compare.kept_sets(problem.known<std::int32_t>("indices", chosen.heads, 2), chosen, ranking,
+                      margin_of(problem.file));
   }
   if (problem.has("drift")) compare.equal_floats(problem.known<float>("drift", chosen.heads, 1), chosen.drift);
   const adaptive_windows windows(c, chosen.drift);
-  if (problem.has("kernel")) compare.equal_numbers(problem.known<std::int32_t>("kernel", chosen.heads, 1), windows.kernel);
+  if (problem.has("kernel"))
+    compare.equal_numbers(problem.known<std::int32_t>("kernel", chosen.heads, 1), windows.kernel);
   if (problem.has("shift")) compare.equal_numbers(problem.known<std::int32_t>("shift", chosen.heads, 1), windows.shift);
 }
 
@@ -124,8 +127,7 @@ void compare_errors(const case_problem& problem, const layer_file& tensors, cons
   const selection given = given_selection(tensors, problem.c);
   for (const backend_kind backend : {backend_kind::eigen, backend_kind::reference}) {
     comparison compare(outcome, backend, options.tolerance);
-    const window_errors errors =
-        errors_of(given, problem.layer, problem.c, backend, options.threads, problem.path);
+    const window_errors errors = errors_of(given, problem.layer, problem.c, backend, options.threads, problem.path);
     const auto rows = [&](const char* name, const std::vector<double>& ours) {
       if (problem.has(name)) compare.floats(problem.known<float>(name, errors.heads, 2), ours, errors.queries);
     };

@@ -7,6 +7,7 @@
 
 #include <CLI/CLI.hpp>
 #include <fmt/format.h>
+#include <fmt/ranges.h>
 #include <nlohmann/json.hpp>
 
 #include <algorithm>
@@ -47,16 +48,17 @@ std::string line_of(const file_outcome& outcome, std::size_t width) {
     return fmt::format("{}  {}{}\n", head, one_line(outcome.mismatches.front()),
                        others == 0 ? "" : fmt::format(" (and {} more: see --json)", others));
   }
-  const std::string notes = outcome.notes.empty()
-                                ? ""
-                                : fmt::format("; {} (all notes: see --json)", one_line(outcome.notes.front()));
+  const std::string notes =
+      outcome.notes.empty() ? "" : fmt::format("; {} (all notes: see --json)", one_line(outcome.notes.front()));
   return fmt::format("{}  eigen {:<7}  reference {:<7}  {}{}\n", head, error_text(outcome.largest_error[0]),
                      error_text(outcome.largest_error[1]), fmt::join(outcome.compared, " "), notes);
 }
 
 nlohmann::json json_of(const file_outcome& outcome) {
   nlohmann::json object{{"file", outcome.file},
-                        {"outcome", !outcome.unusable.empty() ? "unusable" : outcome.ok() ? "ok" : "mismatch"},
+                        {"outcome", !outcome.unusable.empty() ? "unusable"
+                                    : outcome.ok()            ? "ok"
+                                                              : "mismatch"},
                         {"method", outcome.method},
                         {"compared", outcome.compared},
                         {"largest_error", nlohmann::json::object()},
@@ -86,8 +88,11 @@ void run_verify(invocation& run, const std::vector<std::string>& files, const ve
   }
   const std::size_t passed = files.size() - mismatched - unusable;
   if (run.json) {
-    const nlohmann::json object{
-        {"files", objects}, {"ok", passed}, {"mismatched", mismatched}, {"unusable", unusable}, {"tolerance", options.tolerance}};
+    const nlohmann::json object{{"files", objects},
+                                {"ok", passed},
+                                {"mismatched", mismatched},
+                                {"unusable", unusable},
+                                {"tolerance", options.tolerance}};
     print(object.dump(2, ' ', false, nlohmann::json::error_handler_t::replace) + "\n");
   } else if (files.size() > 1) {
     print(fmt::format("{} ok, {} with a mismatch, {} unusable\n", passed, mismatched, unusable));
@@ -108,7 +113,8 @@ void add_verify_command(CLI::App& app, invocation& run) {
       ->required();
   command.add_option("--trace", options->trace, "The trace of known results; left out: NAME.safetensors beside them");
   command
-      .add_option("--tolerance", options->tolerance, "Difference of scores that is allowed, relative to a row's maximum")
+      .add_option("--tolerance", options->tolerance,
+                  "Difference of scores that is allowed, relative to a row's maximum")
       ->check(CLI::NonNegativeNumber)
       ->capture_default_str();
   add_threads_option(command, options->threads);

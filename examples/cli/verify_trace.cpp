@@ -27,8 +27,8 @@ struct known_run {
 
 /// All runs, those of a layer together.
 std::vector<known_run> runs_of(const safetensors_file& file, const std::string& path) {
-  static const std::regex form(
-      R"((layers\.(\d{1,6})\.(before|after)\.scale(\d{1,9}))(?:\.budget(\d{1,9}))?\.(score|indices|kernel|shift|drift))");
+  static const std::regex form(R"((layers\.(\d{1,6})\.(before|after)\.scale(\d{1,9})))"
+                               R"((?:\.budget(\d{1,9}))?\.(score|indices|kernel|shift|drift))");
   std::map<std::pair<index_t, std::string>, known_run> runs;
   for (const safetensors_entry& entry : file.entries()) {
     std::smatch parts;
@@ -84,7 +84,8 @@ void compare_run(const safetensors_file& file, const std::string& path, const st
   numbers(".shift", windows.shift);
   if (has(name + ".indices")) {
     std::optional<double> margin;
-    if (const auto at = figures.find(name + ".margin"); at != figures.end() && at->is_number()) margin = at->get<double>();
+    if (const auto at = figures.find(name + ".margin"); at != figures.end() && at->is_number())
+      margin = at->get<double>();
     compare.kept_sets(read_known<std::int32_t>(file, path, name + ".indices", chosen.heads, 2), chosen, chosen.smoothed,
                       margin);
   }
@@ -125,8 +126,8 @@ void verify_trace(const invocation& run, const safetensors_file& file, const std
   for (const known_run& known : runs) {
     if (known.layer != current) {
       current = known.layer;
-      tensors = std::make_unique<layer_file>(trace, trace_path, fmt::format("layers.{}.", current),
-                                             options.allow_non_finite);
+      tensors =
+          std::make_unique<layer_file>(trace, trace_path, fmt::format("layers.{}.", current), options.allow_non_finite);
       memory.clear();
     }
     c.order = known.order;
@@ -142,9 +143,8 @@ void verify_trace(const invocation& run, const safetensors_file& file, const std
       };
       for (const backend_kind backend : {backend_kind::eigen, backend_kind::reference}) {
         comparison compare(outcome, backend, options.tolerance);
-        const selection chosen = backend == backend_kind::eigen
-                                     ? run_eigen(c, layer, options.threads, trace_path)
-                                     : run_reference(c, layer, memory, trace_path);
+        const selection chosen = backend == backend_kind::eigen ? run_eigen(c, layer, options.threads, trace_path)
+                                                                : run_reference(c, layer, memory, trace_path);
         if (backend == backend_kind::eigen) {
           compare.without_scores(chosen, run_eigen(c, layer, options.threads, trace_path, inspection::kept_only));
         }

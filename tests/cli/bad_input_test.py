@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: Apache-2.0
-"""What `restkv select` and `restkv verify` say to files and options they cannot use, and that they leave nothing behind:
+"""What `restkv select` says to files and options that it cannot use, and that it leaves nothing behind:
 bad_input_test.py PROGRAM TEST_DATA_FOLDER EXAMPLE_DATA_FOLDER"""
 import json
 import math
@@ -124,7 +124,8 @@ class Tensors(BadInputTest):
         self.check_changed(shaped('k', 4, 0, 8), 'tensor v has 97 tokens, k has 0')
 
     def test_elements_that_are_not_finite(self):
-        for name, place, text in (('q', 200, '[1, 9, 0]'), ('k', 780, '[1, 0, 4]'), ('v', 3103, '[3, 96, 7]'), ('wo', 33, '[1, 1]')):
+        for name, place, text in (('q', 200, '[1, 9, 0]'), ('k', 780, '[1, 0, 4]'), ('v', 3103, '[3, 96, 7]'),
+                                  ('wo', 33, '[1, 1]')):
             for value, word in ((math.nan, 'nan'), (math.inf, 'inf'), (-math.inf, '-inf')):
                 def change(case, name=name, place=place, value=value):
                     case[name].elements[place] = value
@@ -178,12 +179,15 @@ class Configurations(BadInputTest):
     def test_values(self):
         for key, value, words in (
                 ('method', 'h2o', ('"h2o"', 'not supported', 'restkv', 'snapkv')), ('method', 3, ('3', 'restkv')),
-                ('order', 'later', ('"later"', 'before, after')), ('temporal', 'median', ('"median"', 'mean, sum, ema')),
+                ('order', 'later', ('"later"', 'before, after')),
+                ('temporal', 'median', ('"median"', 'mean, sum, ema')),
                 ('spatial', 'gauss', ('"gauss"', 'none, avgpool, maxpool, adaptive')),
-                ('group', 'min', ('"min"', 'none, mean, max, sum, l2')), ('allocation', 'x', ('uniform, pyramid, adakv',)),
+                ('group', 'min', ('"min"', 'none, mean, max, sum, l2')),
+                ('allocation', 'x', ('uniform, pyramid, adakv',)),
                 ('shift_rule', 'x', ('released, centred',)), ('use_wo', 1, ('true or false',)),
                 ('use_norm', 'yes', ('true or false',)), ('window', '8', ('whole number',)),
-                ('window', 8.5, ('whole number',)), ('budget', 2**70, ('whole number',)), ('kernel', 2**40, ('whole number',)),
+                ('window', 8.5, ('whole number',)), ('budget', 2**70, ('whole number',)),
+                ('kernel', 2**40, ('whole number',)),
                 ('alpha', 'x', ('must be a number',)), ('scale', None, ('must be a number',)),
                 ('seed', -1, ('whole number',))):
             self.check_case(json.dumps({**read(CASE).case(), key: value}), key, *words)
@@ -195,8 +199,10 @@ class Configurations(BadInputTest):
                 ({**ema, 'alpha': 0}, ('alpha is 0',)), ({**ema, 'alpha': 1.5}, ('alpha is 1.5',)),
                 *(({**pool, 'kernel': 4}, ('is 4', 'odd')) for pool in pools),
                 *(({**pool, 'kernel': -1}, ('is -1', 'odd')) for pool in pools),
-                ({'scale': 0}, ('scale is 0',)), ({'scale': -3}, ('scale is -3',)), ({'scale': 1e300}, ('scale is inf',)),
-                ({'tau': 0}, ('tau is 0',)), ({'window': 0}, ('window is 0',)), ({'window': 2000}, ('window needs 97',)),
+                ({'scale': 0}, ('scale is 0',)), ({'scale': -3}, ('scale is -3',)),
+                ({'scale': 1e300}, ('scale is inf',)),
+                ({'tau': 0}, ('tau is 0',)), ({'window': 0}, ('window is 0',)),
+                ({'window': 2000}, ('window needs 97',)),
                 ({'budget': 0}, ('0 tokens',)), ({'budget': -5}, ('-5 tokens',)),
                 ({'budget': 15}, ('budget is 15', '16 are protected')),
                 ({'n_sink': -1}, ('sink -1',)), ({'n_sink': 40}, ('40 sinks',)), ({'recent': -2}, ('recent -2',)),
@@ -214,11 +220,15 @@ class Configurations(BadInputTest):
     def test_options(self):
         for options, words in (
                 (('--order', 'later'), ('--order', 'later')), (('--budget', 'many'), ('--budget', 'many')),
-                (('--kernel', 'x'), ('--kernel',)), (('--widow', 8), ('--widow',)), (('--preset', 'best'), ('best', 'standard')),
-                (('--threads', 0), ('--threads',)), (('--backend', 'gpu'), ('--backend',)), (('--layer', -1), ('--layer',)),
-                (('--preset', 'random', '--method', 'snapkv'), ('--preset', '--method')), (('--budget', 3), ('budget is 3',)),
+                (('--kernel', 'x'), ('--kernel',)), (('--widow', 8), ('--widow',)),
+                (('--preset', 'best'), ('best', 'standard')),
+                (('--threads', 0), ('--threads',)), (('--backend', 'gpu'), ('--backend',)),
+                (('--layer', -1), ('--layer',)),
+                (('--preset', 'random', '--method', 'snapkv'), ('--preset', '--method')),
+                (('--budget', 3), ('budget is 3',)),
                 (('--alpha', 'nan', '--temporal', 'ema'), ('alpha',)), (('--scale', 'nan'), ('scale',)),
-                (('--compression-ratio', 'nan'), ('compression_ratio',)), (('--budget', 40, '--compression-ratio', 0.5), ('exclude',))):
+                (('--compression-ratio', 'nan'), ('compression_ratio',)),
+                (('--budget', 40, '--compression-ratio', 0.5), ('exclude',))):
             with self.subTest(options=options):
                 self.check_rejected(CASE, *words, options=options)
 
@@ -248,13 +258,14 @@ class Outputs(BadInputTest):
 
     def test_standard_output_that_is_full(self):
         with open('/dev/full', 'w', encoding='utf-8') as full:
-            done = subprocess.run([PROGRAM, 'select', CASE, '-o', self.output], stdout=full, stderr=subprocess.PIPE, text=True,
-                                  check=False)
+            done = subprocess.run([PROGRAM, 'select', CASE, '-o', self.output], stdout=full, stderr=subprocess.PIPE,
+                                  text=True, check=False)
         self.assertEqual(done.returncode, 2)
         self.assertIn('standard output', done.stderr)
 
     def test_json_reports_the_error_too(self):
-        for arguments in (('select', 'missing.safetensors', '-o', self.output, '--json'), ('select', '--json'), ('--json', 'pick')):
+        for arguments in (('select', 'missing.safetensors', '-o', self.output, '--json'), ('select', '--json'),
+                          ('--json', 'pick')):
             done = self.run_program(*arguments)
             self.assertEqual(done.returncode, 2)
             self.assertIn(json.loads(done.stdout)['error'], done.stderr)

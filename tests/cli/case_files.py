@@ -75,7 +75,8 @@ def read(path):
 def converted(tensor, dtype):
     """The same numbers in another dtype; to BF16 by cutting the lower half off."""
     if dtype == 'BF16':
-        return Tensor(dtype, tensor.shape, (struct.unpack('<I', struct.pack('<f', x))[0] >> 16 for x in tensor.elements))
+        bits = (struct.unpack('<I', struct.pack('<f', x))[0] for x in tensor.elements)
+        return Tensor(dtype, tensor.shape, (b >> 16 for b in bits))
     if tensor.dtype == 'BF16':
         floats = (struct.unpack('<f', struct.pack('<I', bits << 16))[0] for bits in tensor.elements)
         return Tensor(dtype, tensor.shape, floats)

@@ -103,9 +103,11 @@ class GoldenCases(ProgramTest):
 
 class Configuration(ProgramTest):
     OVERRIDES = [('budget', 20, '--budget'), ('window', 5, '--window'), ('order', 'before', '--order'),
-                 ('temporal', 'sum', '--temporal'), ('temporal', 'last', '--temporal'), ('temporal', 'max', '--temporal'),
+                 ('temporal', 'sum', '--temporal'), ('temporal', 'last', '--temporal'),
+                 ('temporal', 'max', '--temporal'),
                  ('alpha', 0.9, '--alpha'), ('spatial', 'avgpool', '--spatial'), ('spatial', 'maxpool', '--spatial'),
-                 ('kernel', 3, '--kernel'), ('tau', 0.5, '--tau'), ('group', 'l2', '--group'), ('group', 'max', '--group'),
+                 ('kernel', 3, '--kernel'), ('tau', 0.5, '--tau'), ('group', 'l2', '--group'),
+                 ('group', 'max', '--group'),
                  ('n_sink', 3, '--sink'), ('recent', 10, '--recent'), ('allocation', 'adakv', '--allocation'),
                  ('method', 'snapkv', '--method'), ('method', 'streamingllm', '--method'), ('use_norm', True, '--norm'),
                  ('use_wo', False, '--no-wo'), ('compression_ratio', 0.9, '--compression-ratio')]
@@ -157,7 +159,8 @@ class Configuration(ProgramTest):
 
     def test_pyramid_gives_lower_layers_more(self):
         options = ('--allocation', 'pyramid', '--layer-count', 4)
-        kept = [self.select(KV_HEADS, *options, '--layer-index', layer)['head_lengths'].elements[0] for layer in range(4)]
+        outputs = [self.select(KV_HEADS, *options, '--layer-index', layer) for layer in range(4)]
+        kept = [out['head_lengths'].elements[0] for out in outputs]
         self.assertEqual(kept, sorted(kept, reverse=True))
         self.assertGreater(kept[0], kept[-1])
         self.assertEqual(sum(kept), 4 * 32)
@@ -220,7 +223,8 @@ class Tensors(ProgramTest):
         lengths = out['head_lengths'].elements
         self.assertGreater(len(set(lengths)), 1)
         offsets = out['offsets']
-        self.assertEqual((offsets.dtype, offsets.elements), ('I64', [sum(lengths[:h]) for h in range(len(lengths) + 1)]))
+        begins = [sum(lengths[:h]) for h in range(len(lengths) + 1)]
+        self.assertEqual((offsets.dtype, offsets.elements), ('I64', begins))
         for name in ('k', 'v'):
             rows = case[name].rows()
             self.assertEqual(out[name].shape, [sum(lengths), case[name].shape[2]])
@@ -300,7 +304,8 @@ class Tensors(ProgramTest):
                 {'q': tensor(heads, window, channels), 'k': tensor(kv_heads, tokens, channels),
                  'v': tensor(kv_heads, tokens, channels), 'wo': tensor(7, heads * channels)},
                 {'case': json.dumps({'method': 'restkv', 'order': source.choice(['before', 'after']), 'window': window,
-                                     'budget': window + 5, 'kernel': 3, 'scale': 2, 'group': source.choice(['none', 'l2']),
+                                     'budget': window + 5, 'kernel': 3, 'scale': 2,
+                                     'group': source.choice(['none', 'l2']),
                                      'spatial': 'adaptive', 'temporal': 'ema'})})
             path = self.write(case)
             eigen, reference = self.select(path), self.select(path, '--backend', 'reference')

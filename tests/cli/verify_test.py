@@ -85,7 +85,8 @@ class Cases(VerifyTest):
             for element in range(50):
                 case[name].elements[element] += 1
             self.check_outcome(case, 'mismatch')
-        for keys in ({'alpha': 0.4}, {'order': 'after'}, {'use_wo': False}, {'scale': 7}, {'kernel': 7}, {'window': 14}):
+        for keys in ({'alpha': 0.4}, {'order': 'after'}, {'use_wo': False}, {'scale': 7}, {'kernel': 7},
+                     {'window': 14}):
             case = read(ADAPTIVE)
             case.set_case(**keys)
             self.assertNotEqual(self.verify(self.write(case))[1], 0, keys)
@@ -148,7 +149,8 @@ class Cases(VerifyTest):
             case['expected.' + name] = Tensor(tensor.dtype, shape, (tensor.elements * count)[:count])
             return case
 
-        for name, shape in (('score', [3, 241]), ('score', [964]), ('smoothed', [1, 4, 241]), ('kernel', [3]), ('kernel', [4, 5]),
+        for name, shape in (('score', [3, 241]), ('score', [964]), ('smoothed', [1, 4, 241]), ('kernel', [3]),
+                            ('kernel', [4, 5]),
                             ('drift', [4, 5]), ('shift', [0]), ('indices', [4])):
             self.check_outcome(reshaped(name, shape), 'unusable', f'expected.{name}')
         for name, shape in (('score', [4, 240]), ('score', [4, 0]), ('indices', [4, 2]), ('indices', [4, 0])):
@@ -195,7 +197,8 @@ class Cases(VerifyTest):
             key = [0.3 * source.gauss(0, 1) for _ in range(tokens * channels)]
             key[:channels] = [logit / math.sqrt(channels)] * channels
             value = [source.gauss(0, 1) for _ in range(tokens * channels)]
-            case = File({'q': Tensor('F32', [1, window, channels], query), 'k': Tensor('F32', [1, tokens, channels], key),
+            case = File({'q': Tensor('F32', [1, window, channels], query),
+                         'k': Tensor('F32', [1, tokens, channels], key),
                          'v': Tensor('F32', [1, tokens, channels], value)},
                         {'case': json.dumps({'method': 'caote', 'window': window})})
             score = self.select(self.write(case))['score']
