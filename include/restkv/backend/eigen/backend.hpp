@@ -21,9 +21,9 @@ struct eigen_tuning {
 
 /// Float arithmetic on Eigen's vector layer, threads over (sequence, KV head).
 ///
-/// One pass over the keys per query head gives the window's attention; values are read once for the outputs and once
-/// for the distances, which cost one triangular d x d product a token and head. Extra memory: one [window, tokens]
-/// tile a thread, see `plan::workspace_bytes`. Results do not depend on the number of threads, on the strides, or on how
+/// Keys and values are read tile by tile, each tile once for all query heads that share it. Distances cost one triangular
+/// d x d product a token and head, for the tokens that bounds do not rule out (`eigen_tuning::pruning`). Extra memory: a few
+/// tiles and 4 MB of logits a thread, two rows of scores a head, see `plan::workspace_bytes`. Results do not depend on the number of threads, on the strides, or on how
 /// the cache is cut into chunks.
 class eigen_backend {
  public:
@@ -160,61 +160,56 @@ class eigen_backend {
     const sequence_span span = sequence(layer, batch);
     const index_t group = request.shape.group();
     const bool after = order_of(request.score) == query_order::after;
-    if (request.past_of(span.length) == 0) return;
+    const index_t past = request.past_of(span.length);
+    if (past == 0) return;
     eigen::head_states& states = scratch.states;
-    for (index_t j = 0; j < group; ++j) {
-      const eigen::head_task<Request> task(request, batch, kv_head * group + j, span);
-      task.fill_weights(buffers.weights, states.lanes);
-      buffers.softmax.run(layer, batch, {task.head, 1, task.window, states.lanes}, span);
+    const auto task_of = [&](index_t j) {
+      return eigen::head_task<Request>(request, batch, kv_head * group + j, span);
+    };
+    task_of(0).fill_weights(buffers.weights, states.lanes);
+    const index_t together = eigen::heads_of_block(group, states.lanes);
+    for (index_t first = 0; first < group; first += together) {
+      const index_t heads = std::min(together, group - first);
+      const index_t first_head = kv_head * group + first;
+      buffers.softmax.run(layer, batch, {first_head, heads, request.window_of(span.length), states.lanes}, span);
       if constexpr (needs::local) {
-        if (request.group == group_reduce::none) {
-          eigen::score_locally(task, buffers, &out(batch, task.head, 0));
-          continue;
-        }
-        float* const row = &out(batch, kv_head, 0);
-        float* const own = buffers.row;
-        eigen::score_locally(task, buffers, own);
-        for (index_t n = 0; n < task.past; ++n) row[n] = group_fold(request.group, row[n], own[n], j == 0);
+        eigen::score_locally(request, layer, batch, span, buffers, out);
       } else if (after) {
-        eigen::smoothed_row(task, buffers, states);
+        eigen::smoothed_rows(request, layer, batch, span, buffers, states);
       } else {
-        eigen::keep_softmax(task, buffers.softmax, states);
+        for (index_t j = first; j < first + heads; ++j) eigen::keep_softmax(task_of(j), buffers.softmax, states);
         if constexpr (needs::output) {
-          eigen::outputs_per_query(task, layer, buffers, states);
-          eigen::map_outputs(task, layer, scratch.factors, buffers, states);
-          if (bound) bound_one(task, layer, buffers, states, out);
+          eigen::outputs_per_query(request, layer, batch, span, buffers, states);
+          for (index_t j = first; j < first + heads; ++j) {
+            eigen::map_outputs(task_of(j), layer, scratch.factors, buffers, states);
+          }
+          if constexpr (needs::boundable) {
+            if (bound) eigen::bound_heads(request, layer, batch, span, first_head, heads, buffers, states, out);
+          }
         }
       }
     }
-    if constexpr (needs::local) {
-      if (request.group == group_reduce::none) return;
-      float* const row = &out(batch, kv_head, 0);
-      const index_t past = request.past_of(span.length);
-      for (index_t n = 0; n < past; ++n) {
-        row[n] = eigen::finite_score(group_finish(request.group, row[n], group));
-      }
-    } else if constexpr (needs::output) {
+    if constexpr (needs::output) {
       if (after) {
         eigen::outputs_of_rows(request, layer, batch, kv_head, span, buffers, states);
-        for (index_t j = 0; j < group; ++j) {
-          const eigen::head_task<Request> task(request, batch, kv_head * group + j, span);
-          eigen::map_outputs(task, layer, scratch.factors, buffers, states);
-          if (bound) bound_one(task, layer, buffers, states, out);
+        for (index_t j = 0; j < group; ++j) eigen::map_outputs(task_of(j), layer, scratch.factors, buffers, states);
+        if constexpr (needs::boundable) {
+          if (bound) eigen::bound_heads(request, layer, batch, span, kv_head * group, group, buffers, states, out);
         }
       }
     }
-  }
-
-  /// The bound of one query head, folded into the row it belongs to.
-  template <class Request, element T>
-  static void bound_one(const eigen::head_task<Request>& task, const layer_view<T>& layer,
-                        eigen::tile_buffers& buffers, const eigen::head_states& states, tensor_view<float, 3> out) {
-    if constexpr (eigen::needs_of<Request>::boundable) {
-      const index_t heads = task.request.shape.query_heads / task.request.heads();  // per row
-      const index_t j = task.head % heads;
-      float* const row = &out(task.batch, task.head / heads, 0);
-      eigen::bound_head(task, layer, j == 0, buffers, states, row);
-      if (j + 1 == heads) eigen::finish_bounds(task.request, heads, task.past, row);
+    if (needs::local || bound) {
+      const index_t rows = request.heads() / request.shape.kv_heads;  // of this KV head
+      for (index_t r = kv_head * rows; r < (kv_head + 1) * rows; ++r) {
+        float* const row = &out(batch, r, 0);
+        if (bound) {
+          eigen::finish_bounds(request, group / rows, past, row);
+        } else {
+          for (index_t n = 0; n < past; ++n) {
+            row[n] = eigen::finite_score(group_finish(request.group, row[n], group / rows));
+          }
+        }
+      }
     }
   }
 
@@ -226,12 +221,17 @@ class eigen_backend {
     const index_t pairs = task.window / 2;
     const index_t count = std::min(most_attended, length);
     if (pairs == 0 || count <= 0) return 0.0;
-    std::uint32_t* const keys = buffers.softmax.logit_keys(layer, task.batch, task.head, task.window, task.span,
-                                                           buffers.shares);
+    const eigen::lane_block one_head{task.head, 1, task.window, eigen::padded_lanes(task.window)};
+    const index_t at_once = buffers.softmax.rows_at_once(length);
     double drift = 0;
-    for (index_t i = 0; i < 2 * pairs; ++i) {
-      const double sum = eigen::sum_of_top_positions({keys + i * length, static_cast<std::size_t>(length)}, count);
-      drift += i < pairs ? sum : -sum;
+    for (index_t first = 0; first < 2 * pairs; first += at_once) {
+      const index_t rows = std::min(at_once, 2 * pairs - first);
+      const std::uint32_t* const keys =
+          buffers.softmax.logit_keys(layer, task.batch, one_head, task.span, first, rows);
+      for (index_t i = 0; i < rows; ++i) {
+        const double sum = eigen::sum_of_top_positions({keys + i * length, static_cast<std::size_t>(length)}, count);
+        drift += first + i < pairs ? sum : -sum;
+      }
     }
     return drift / static_cast<double>(pairs * count);
   }

@@ -145,7 +145,6 @@ struct tile_buffers {
   float* weights = nullptr;   ///< temporal weights, [lanes]
   float* scores = nullptr;    ///< [lanes]
   float* folded = nullptr;    ///< [tile_tokens]
-  float* row = nullptr;       ///< one head's scores, [tokens]; only where scores are local and heads are reduced
   index_t* tokens = nullptr;  ///< [tile_tokens]
 
   template <class Request>
@@ -153,7 +152,9 @@ struct tile_buffers {
     using needs = needs_of<Request>;
     const index_t cells = tile_tokens * states.lanes;
     if constexpr (needs::window) {
-      softmax = window_softmax(request.shape.tokens, states.lanes, request.shape.head_dim, space);
+      softmax = window_softmax(request.shape.tokens,
+                               heads_of_block(request.shape.group(), states.lanes) * states.lanes,
+                               request.shape.head_dim, space);
       shares = space.take<float>(cells);
       odds = space.take<float>(cells);
       cross = space.take<float>(cells);
@@ -166,7 +167,6 @@ struct tile_buffers {
     scores = space.take<float>(std::max({states.lanes, request.shape.group(), index_t{1}}));
     folded = space.take<float>(tile_tokens);
     tokens = space.take<index_t>(tile_tokens);
-    if (needs::local && request.group != group_reduce::none) row = space.take<float>(request.shape.tokens);
   }
 };
 

@@ -150,12 +150,8 @@ void score_tile(const head_task<Request>& task, index_t count, const float_rows&
     const float* const rest = states.rest + cells;
     multiply({keys.data, keys.stride, 1}, count, states.queries + task.state() * head_dim * lanes, lanes, lanes,
              head_dim, buffers.shares, lanes);
-    packet probe = pset1<packet>(0.0f);
-    for (index_t i = 0; i < count * lanes; i += packet_size) {
-      probe = pmadd(ploadu<packet>(buffers.shares + i), pset1<packet>(0.0f), probe);
-    }
-    if (!(predux(probe) == 0.0f)) make_finite(buffers.shares, count * lanes);
-    shares_of<has(needs::set, feature::odds)>(buffers.shares, largest, states.scale + cells, lanes, count,
+    make_tile_finite(buffers.shares, count * lanes);
+    shares_of<has(needs::set, feature::odds)>(buffers.shares, lanes, largest, states.scale + cells, lanes, count,
                                               buffers.shares, buffers.odds);
     if constexpr (distance) {
       multiply({images.data, images.stride, 1}, count, states.image + cells * width, lanes, lanes, width,
@@ -181,11 +177,12 @@ void score_tile(const head_task<Request>& task, index_t count, const float_rows&
       }
     }
     std::fill(buffers.scores, buffers.scores + lanes, 0.0f);
+    const float* const norms = needs_of<Request>::output ? states.norm + cells : nullptr;
     for (index_t n = 0; n < count; ++n) {
       auto f = task.features(buffers.tokens[n]);
       token_norms(f, n);
       deliver(n, score_of_lanes(task, f, buffers.shares + n * lanes, buffers.odds + n * lanes,
-                                buffers.cross + n * lanes, states.norm + cells, buffers, lanes));
+                                buffers.cross + n * lanes, norms, buffers, lanes));
     }
   }
 }

@@ -7,47 +7,58 @@
 
 namespace restkv::eigen {
 
-/// Below this, an exponential is not a normal float, and a share is 0.
-inline constexpr float least_exponent = -87.0f;
-
 /// min(exp(logit - largest) scale, 1): the share of attention a of one packet of lanes. Every share of the backend is this
 /// expression, so that a token's share has the same bits wherever it is needed.
 [[nodiscard]] EIGEN_ALWAYS_INLINE packet share_of(const float* logits, const packet& largest,
                                                   const packet& scale) noexcept {
   using namespace Eigen::internal;
   const packet exponent = psub(ploadu<packet>(logits), largest);
-  const packet share = pmin(pmul(pexp(exponent), scale), pset1<packet>(1.0f));
-  return pand(share, pcmp_lt(pset1<packet>(least_exponent), exponent));  // pexp never gets to 0
+  return pmin(pmul(exponential(exponent), scale), pset1<packet>(1.0f));
 }
 
-/// Shares and, where asked, odds a / (1 - a) of `count` tokens' logits. The odds of a lane's top token are wrong: they
-/// cancel, and the caller puts in 1 / rest. All arrays are [count, lanes]; `shares` may be `logits`.
+/// Shares and, where asked, odds a / (1 - a) of `count` tokens' logits, row n at logits + n * logit_stride. The odds of a
+/// lane's top token are wrong: they cancel, and the caller puts in 1 / rest. shares and odds are [count, lanes]; `shares` may
+/// be `logits` where their rows lie alike.
 template <bool Odds>
-void shares_of(const float* logits, const float* largest, const float* scale, index_t lanes, index_t count,
-               float* shares, float* odds) noexcept {
+void shares_of(const float* logits, index_t logit_stride, const float* largest, const float* scale, index_t lanes,
+               index_t count, float* shares, float* odds) noexcept {
   using namespace Eigen::internal;
   const packet one = pset1<packet>(1.0f);
   for (index_t lane = 0; lane < lanes; lane += packet_size) {
     const packet shift = ploadu<packet>(largest + lane);
     const packet factor = ploadu<packet>(scale + lane);
     for (index_t n = 0; n < count; ++n) {
-      const packet share = share_of(logits + n * lanes + lane, shift, factor);
+      const packet share = share_of(logits + n * logit_stride + lane, shift, factor);
       pstoreu(shares + n * lanes + lane, share);
       if constexpr (Odds) pstoreu(odds + n * lanes + lane, pdiv(share, psub(one, share)));
     }
   }
 }
 
-/// Shares and, where asked, odds of a tile of the softmax, each lane's top token included.
+/// Shares and, where asked, odds of the first `count` tokens of a tile for one head of the softmax's block, each lane's
+/// top token included. `logits` is the whole block's tile.
 template <bool Odds>
-void tile_shares(const window_softmax& softmax, index_t tile, index_t count, float* shares, float* odds) noexcept {
-  const index_t lanes = softmax.block().lanes;
-  shares_of<Odds>(softmax.logits(tile), softmax.largest(), softmax.scale(), lanes, count, shares, odds);
+void tile_shares(const window_softmax& softmax, const float* logits, index_t head, index_t tile, index_t count,
+                 float* shares, float* odds) noexcept {
+  const lane_block& block = softmax.block();
+  const index_t at = block.lane_of(head);
+  shares_of<Odds>(logits + at, block.lanes(), softmax.largest() + at, softmax.scale() + at, block.stride, count, shares,
+                  odds);
   if constexpr (Odds) {
-    for (index_t lane = 0; lane < softmax.block().used(); ++lane) {
-      const index_t n = softmax.top()[lane] - tile * tile_tokens;
-      if (n >= 0 && n < count) odds[n * lanes + lane] = 1.0f / std::max(softmax.rest()[lane], least_rest);
+    for (index_t lane = 0; lane < block.window; ++lane) {
+      const index_t n = softmax.top()[at + lane] - tile * tile_tokens;
+      if (n >= 0 && n < count) {
+        odds[n * block.stride + lane] = 1.0f / std::max(softmax.rest()[at + lane], least_rest);
+      }
     }
+  }
+}
+
+/// Calls body(tile, first, count) for the tiles of the first `tokens` tokens of a sequence.
+template <class Body>
+void for_tiles(index_t tokens, const Body& body) noexcept {
+  for (index_t first = 0; first < tokens; first += tile_tokens) {
+    body(first / tile_tokens, first, std::min(tile_tokens, tokens - first));
   }
 }
 
@@ -87,102 +98,127 @@ template <class Request>
 template <class Request>
 [[nodiscard]] float smoothed_rest(const head_task<Request>& task, index_t token, const float* shares,
                                   tile_buffers& buffers) noexcept {
+  const index_t at = buffers.softmax.block().lane_of(task.head);
   for (index_t lane = 0; lane < task.window; ++lane) {
-    const float others = buffers.softmax.rest()[lane];
+    const float others = buffers.softmax.rest()[at + lane];
     buffers.scores[lane] =
-        buffers.softmax.top()[lane] == token ? -others / (1.0f + others) : shares[lane] - 1.0f;
+        buffers.softmax.top()[at + lane] == token ? -others / (1.0f + others) : shares[lane] - 1.0f;
   }
-  return -task.reduce(buffers.scores, buffers.weights, buffers.softmax.block().lanes);
+  return -task.reduce(buffers.scores, buffers.weights, buffers.softmax.block().stride);
 }
 
-/// Scores that need nothing but attention, for one head, straight from the softmax: row[n] for n < past.
-template <class Request>
-void score_locally(const head_task<Request>& task, tile_buffers& buffers, float* row) noexcept {
+/// Scores that need nothing but attention, for the heads of the softmax's block, folded into the rows they belong to.
+template <class Request, element T>
+void score_locally(const Request& request, const layer_view<T>& layer, index_t batch, const sequence_span& span,
+                   tile_buffers& buffers, const tensor_view<float, 3>& out) noexcept {
   constexpr bool odds = has(needs_of<Request>::set, feature::odds);
-  const index_t lanes = buffers.softmax.block().lanes;
-  const bool after = order_of(task.request.score) == query_order::after;
+  const lane_block& block = buffers.softmax.block();
+  const index_t lanes = block.stride;
+  const index_t heads_of_row = request.shape.query_heads / request.heads();
+  const bool after = order_of(request.score) == query_order::after;
   std::fill(buffers.scores, buffers.scores + lanes, 0.0f);
-  for (index_t first = 0; first < task.past; first += tile_tokens) {
-    const index_t count = std::min(tile_tokens, task.past - first);
-    tile_shares<odds>(buffers.softmax, first / tile_tokens, count, buffers.shares, buffers.odds);
-    for (index_t n = 0; n < count; ++n) {
-      auto f = task.features(first + n);
-      if (after) {
-        f.attention = task.reduce(buffers.shares + n * lanes, buffers.weights, lanes);
-        if constexpr (odds) {
-          f.odds = f.attention /
-                   std::max(smoothed_rest(task, first + n, buffers.shares + n * lanes, buffers), least_rest);
+  for_tiles(request.past_of(span.length), [&](index_t tile, index_t first, index_t count) {
+    const float* const logits = buffers.softmax.tile_logits(layer, tile);
+    for (index_t head = block.first_head; head < block.first_head + block.heads; ++head) {
+      const head_task<Request> task(request, batch, head, span);
+      float* const row = &out(batch, head / heads_of_row, 0);
+      tile_shares<odds>(buffers.softmax, logits, head, tile, count, buffers.shares, buffers.odds);
+      for (index_t n = 0; n < count; ++n) {
+        const float* const shares = buffers.shares + n * lanes;
+        auto f = task.features(first + n);
+        float score = 0;
+        if (after) {
+          f.attention = task.reduce(shares, buffers.weights, lanes);
+          if constexpr (odds) {
+            f.odds = f.attention / std::max(smoothed_rest(task, first + n, shares, buffers), least_rest);
+          }
+          score = finite_score(request.score(f));
+        } else {
+          score = score_of_lanes(task, f, shares, buffers.odds + n * lanes, nullptr, nullptr, buffers, lanes);
         }
-        row[first + n] = finite_score(task.request.score(f));
-        continue;
+        row[first + n] = group_fold(request.group, row[first + n], score, head % heads_of_row == 0);
       }
-      row[first + n] = score_of_lanes(task, f, buffers.shares + n * lanes, buffers.odds + n * lanes, nullptr, nullptr,
-                                      buffers, lanes);
     }
-  }
+  });
 }
 
 /// Keeps what the second half needs of the softmax: queries, largest logits, rests and tops. Order `before`.
 template <class Request>
 void keep_softmax(const head_task<Request>& task, const window_softmax& softmax, head_states& states) noexcept {
-  const index_t at = task.state() * states.lanes;
+  const index_t lanes = states.lanes;
+  const index_t from = softmax.block().lane_of(task.head);
+  const index_t to = task.state() * lanes;
   const index_t head_dim = task.request.shape.head_dim;
-  std::copy_n(softmax.queries(), head_dim * states.lanes, states.queries + task.state() * head_dim * states.lanes);
-  std::copy_n(softmax.largest(), states.lanes, states.largest + at);
-  std::copy_n(softmax.rest(), states.lanes, states.rest + at);
-  std::copy_n(softmax.scale(), states.lanes, states.scale + at);
-  std::copy_n(softmax.top(), states.lanes, states.top + at);
+  std::copy_n(softmax.queries() + from * head_dim, head_dim * lanes, states.queries + to * head_dim);
+  std::copy_n(softmax.largest() + from, lanes, states.largest + to);
+  std::copy_n(softmax.rest() + from, lanes, states.rest + to);
+  std::copy_n(softmax.scale() + from, lanes, states.scale + to);
+  std::copy_n(softmax.top() + from, lanes, states.top + to);
 }
 
-/// Order `before`: others[lane] = sum over n != top of a_n v_n, over all tokens the lane sees.
+/// Order `before`, the heads of the softmax's block: others[lane] = sum over n != top of a_n v_n, over all tokens the lane
+/// sees.
 template <class Request, element T>
-void outputs_per_query(const head_task<Request>& task, const layer_view<T>& layer, tile_buffers& buffers,
-                       head_states& states) noexcept {
+void outputs_per_query(const Request& request, const layer_view<T>& layer, index_t batch, const sequence_span& span,
+                       tile_buffers& buffers, head_states& states) noexcept {
+  const lane_block& block = buffers.softmax.block();
   const index_t lanes = states.lanes;
-  float* const others = states.others + task.state() * lanes * states.width;
-  std::fill(others, others + lanes * states.width, 0.0f);
-  for (index_t first = 0; first < task.span.length; first += tile_tokens) {
-    const index_t count = std::min(tile_tokens, task.span.length - first);
-    tile_shares<false>(buffers.softmax, first / tile_tokens, count, buffers.shares, nullptr);
-    for (index_t lane = 0; lane < task.window; ++lane) {
-      const index_t n = buffers.softmax.top()[lane] - first;
-      if (n >= 0 && n < count) buffers.shares[n * lanes + lane] = 0.0f;
+  const head_task<Request> first_task(request, batch, block.first_head, span);
+  float* const others = states.others + first_task.state() * lanes * states.width;  // [heads, lanes, width]
+  std::fill(others, others + block.lanes() * states.width, 0.0f);
+  for_tiles(span.length, [&](index_t tile, index_t first, index_t count) {
+    const float* const logits = buffers.softmax.tile_logits(layer, tile);
+    const float_rows values =
+        load_tokens(layer.value, batch, first_task.kv_head(), span.begin + first, count, states.width, buffers.values);
+    for (index_t j = 0; j < block.heads; ++j) {
+      const index_t head = block.first_head + j;
+      tile_shares<false>(buffers.softmax, logits, head, tile, count, buffers.shares, nullptr);
+      for (index_t lane = 0; lane < block.window; ++lane) {
+        const index_t n = buffers.softmax.top()[block.lane_of(head) + lane] - first;
+        if (n >= 0 && n < count) buffers.shares[n * lanes + lane] = 0.0f;
+      }
+      multiply<true>({buffers.shares, 1, lanes}, lanes, values.data, values.stride, states.width, count,
+                     others + j * lanes * states.width, states.width);
     }
-    const float_rows values = load_tokens(layer.value, task.batch, task.kv_head(), task.span.begin + first, count,
-                                          states.width, buffers.values);
-    multiply<true>({buffers.shares, 1, lanes}, lanes, values.data, values.stride, states.width, count, others,
-                   states.width);
-  }
+  });
 }
 
-/// Order `after`: the smoothed attention row over the past, and its top token with 1 - a.
-template <class Request>
-void smoothed_row(const head_task<Request>& task, tile_buffers& buffers, head_states& states) noexcept {
+/// Order `after`, the heads of the softmax's block: the smoothed attention rows over the past, and their top tokens with
+/// 1 - a.
+template <class Request, element T>
+void smoothed_rows(const Request& request, const layer_view<T>& layer, index_t batch, const sequence_span& span,
+                   tile_buffers& buffers, head_states& states) noexcept {
+  const lane_block& block = buffers.softmax.block();
   const index_t lanes = states.lanes;
-  const index_t begin = task.state() * states.tokens;
-  float* const row = states.row + begin;
+  const index_t past = request.past_of(span.length);
   std::fill(buffers.scores, buffers.scores + lanes, 0.0f);
-  for (index_t first = 0; first < task.past; first += tile_tokens) {
-    const index_t count = std::min(tile_tokens, task.past - first);
-    tile_shares<false>(buffers.softmax, first / tile_tokens, count, buffers.shares, nullptr);
-    for (index_t n = 0; n < count; ++n) {
-      const float* const shares = buffers.shares + n * lanes;
-      row[first + n] = task.reduce(shares, buffers.weights, lanes);
-      if constexpr (!needs_of<Request>::linear) {
-        states.row_rest[begin + first + n] = smoothed_rest(task, first + n, shares, buffers);
+  for_tiles(past, [&](index_t tile, index_t first, index_t count) {
+    const float* const logits = buffers.softmax.tile_logits(layer, tile);
+    for (index_t head = block.first_head; head < block.first_head + block.heads; ++head) {
+      const head_task<Request> task(request, batch, head, span);
+      const index_t at = task.state() * states.tokens + first;
+      tile_shares<false>(buffers.softmax, logits, head, tile, count, buffers.shares, nullptr);
+      for (index_t n = 0; n < count; ++n) {
+        const float* const shares = buffers.shares + n * lanes;
+        states.row[at + n] = task.reduce(shares, buffers.weights, lanes);
+        if constexpr (!needs_of<Request>::linear) {
+          states.row_rest[at + n] = smoothed_rest(task, first + n, shares, buffers);
+        }
       }
     }
+  });
+  for (index_t head = block.first_head; head < block.first_head + block.heads; ++head) {
+    const head_task<Request> task(request, batch, head, span);
+    const float* const row = states.row + task.state() * states.tokens;
+    index_t top = 0;
+    for (index_t n = 1; n < past; ++n) top = row[n] > row[top] ? n : top;
+    const index_t tile = top / tile_tokens;
+    const index_t count = top % tile_tokens + 1;
+    tile_shares<false>(buffers.softmax, buffers.softmax.tile_logits(layer, tile), head, tile, count, buffers.shares,
+                       nullptr);
+    states.top[task.state()] = top;
+    states.rest[task.state()] = smoothed_rest(task, top, buffers.shares + (count - 1) * lanes, buffers);
   }
-  index_t top = 0;
-  for (index_t n = 1; n < task.past; ++n) top = row[n] > row[top] ? n : top;
-  float rest = 1.0f;
-  if (task.past > 0) {
-    shares_of<false>(buffers.softmax.logits(top / tile_tokens) + (top % tile_tokens) * lanes,
-                     buffers.softmax.largest(), buffers.softmax.scale(), lanes, 1, buffers.shares, nullptr);
-    rest = smoothed_rest(task, top, buffers.shares, buffers);
-  }
-  states.top[task.state()] = top;
-  states.rest[task.state()] = rest;
 }
 
 /// 1 - a of a token of the smoothed attention; `whole` is the task's. Only the top token of a linear smoother's row can
