@@ -9,9 +9,11 @@
 #include <fmt/format.h>
 #include <nlohmann/json.hpp>
 
+#include <cmath>
 #include <functional>
 #include <limits>
 #include <map>
+#include <set>
 #include <type_traits>
 
 namespace restkv::cli {
@@ -62,7 +64,9 @@ void read_value(const key_facts& key, const json& value, Member& member, const s
     member = value.get<bool>();
   } else if constexpr (std::is_floating_point_v<Member>) {
     if (!value.is_number()) throw reject("must be a number");
-    member = static_cast<Member>(value.get<double>());
+    const auto number = static_cast<Member>(value.get<double>());
+    if (!std::isfinite(number)) throw reject("must be a finite number");
+    member = number;
   } else {
     const bool fits = value.is_number_unsigned()
                           ? std::in_range<Member>(value.get<std::uint64_t>())
@@ -151,14 +155,25 @@ const std::map<std::string, configuration>& presets_by_name() {
   return all;
 }
 
-json parse_object(const std::string& text, const std::string& where) {
-  json object = json::parse(text, nullptr, false);
+}  // namespace
+
+json parse_flat_object(const std::string& text, const std::string& where) {
+  std::set<std::string> keys;
+  const auto check = [&](int depth, json::parse_event_t event, json& value) {
+    const bool begins = event == json::parse_event_t::object_start || event == json::parse_event_t::array_start;
+    if (begins && (depth > 0 || event == json::parse_event_t::array_start)) {
+      throw input_error(fmt::format("{}: must be one JSON object of numbers, texts and truth values", where));
+    }
+    if (event == json::parse_event_t::key && !keys.insert(value.get<std::string>()).second) {
+      throw input_error(fmt::format("{}: has {} twice", where, shown(value)));
+    }
+    return true;
+  };
+  json object = json::parse(text, check, false);
   if (object.is_discarded()) throw input_error(fmt::format("{}: is not valid JSON", where));
   if (!object.is_object()) throw input_error(fmt::format("{}: is {}, must be a JSON object", where, shown(object)));
   return object;
 }
-
-}  // namespace
 
 configuration defaults_of(method_kind method) {
   configuration c;
@@ -189,7 +204,7 @@ configuration preset(const std::string& name) {
 }
 
 configuration parse_configuration(const std::string& text, const std::string& where) {
-  const json object = parse_object(text, where);
+  const json object = parse_flat_object(text, where);
   configuration c = defaults_of(method_in(object, where));
   apply(c, object, where);
   return c;
@@ -237,7 +252,7 @@ json to_json(const configuration& c) {
 }
 
 configuration configuration_options::over(const std::string* case_text, const std::string& where) const {
-  json object = case_text == nullptr ? json::object() : parse_object(*case_text, where);
+  json object = case_text == nullptr ? json::object() : parse_flat_object(*case_text, where);
   configuration c;
   if (!preset.empty() || case_text == nullptr) {
     // What remains of the case: how many tokens, and how many queries were recorded to look at.

@@ -152,6 +152,10 @@ void visit_keys(Configuration& c, const Visit& visit) {
 /// A preset of the library. Throws input_error that lists the names for one it does not know.
 [[nodiscard]] configuration preset(const std::string& name);
 
+/// Parses an untrusted text that must be a JSON object without objects or lists in it, each key once. Throws input_error,
+/// beginning with `where`.
+[[nodiscard]] nlohmann::json parse_flat_object(const std::string& text, const std::string& where);
+
 /// The configuration that a case file's text describes. Throws input_error, beginning with `where`: text that is not a
 /// JSON object, unknown keys, unknown values, values of another type, budget and compression_ratio together.
 [[nodiscard]] configuration parse_configuration(const std::string& text, const std::string& where);

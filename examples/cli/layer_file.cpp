@@ -65,6 +65,15 @@ layer_file::layer_file(const safetensors_file& file, std::string path, std::stri
     throw input_error(fmt::format("{}: tensor {}q has {} heads, k has {}: query heads must be a multiple of KV heads",
                                   path_, prefix_, query_heads_, kv_heads()));
   }
+  // An empty tensor costs a file nothing, whatever its other extents say.
+  const auto limit = [&](const char* tensor, index_t extent, const char* what, index_t most) {
+    if (extent < 1 || extent > most) {
+      throw input_error(fmt::format("{}: tensor {}{} has {} {}, must be within [1, {}]", path_, prefix_, tensor, extent,
+                                    what, most));
+    }
+  };
+  limit("k", head_dim(), "channels", 4096);
+  limit(has("q") ? "q" : "k", query_heads_, "heads", 65536);
   if (has("wo")) {
     read("wo", projection_, allow_non_finite);
     if (projection_.view.extent(0) < 1) throw input_error(fmt::format("{}: tensor {}wo has no rows", path_, prefix_));

@@ -71,79 +71,92 @@ void add_tensors(safetensors_writer& out, const selection& chosen, const configu
   out.add("drift", tensor_view<const float, 1>(drifts.data(), {chosen.heads}));
 }
 
-/// What is printed about a selection.
+/// What is said about a selection.
 struct summary {
+  configuration policy;
+  selection chosen;
   index_t tokens = 0;
-  index_t kept = 0;  ///< over all heads
   std::size_t cache_bytes = 0;
   std::size_t kept_bytes = 0;
   std::optional<relative_error> error;
 };
 
-void report(const invocation& run, const select_options& options, const configuration& c, const selection& chosen,
-            const summary& s) {
-  const char* const granularity = c.per_query_head() ? "query head" : "kv head";
-  if (run.json) {
-    nlohmann::json object{
-        {"file", options.input},        {"output", options.output},         {"configuration", to_json(c)},
-        {"backend", options.backend},   {"granularity", granularity},       {"heads", chosen.heads},
-        {"tokens", s.tokens},           {"window", s.tokens - chosen.past}, {"head_lengths", chosen.lengths},
-        {"cache_bytes", s.cache_bytes}, {"kept_bytes", s.kept_bytes},       {"window_error", nullptr}};
-    if (s.error) object["window_error"] = {{"mean", s.error->mean}, {"worst", s.error->worst}};
-    print(object.dump(2, ' ', false, nlohmann::json::error_handler_t::replace) + "\n");
-    return;
+/// Runs the selection and writes the output.
+summary select_into_file(const invocation& run, const select_options& options) {
+  progress_line progress(run, "select", 3);
+  safetensors_file file;
+  require(safetensors_file::open(options.input, file), "");
+  const std::string prefix = options.layer < 0 ? "" : fmt::format("layers.{}.", options.layer);
+  summary s;
+  s.policy = options.configuration.over(file.find_metadata("case"), options.input + ": metadata case");
+  layer_file tensors(file, options.input, prefix, options.allow_non_finite);
+  const layer_view<float> layer = tensors.view(s.policy);
+
+  progress.advance("selecting");
+  safetensors_writer out;
+  if (s.policy.method == method_kind::set_error) {
+    s.chosen = given_selection(tensors, s.policy);
+    add_error_tensors(out, s.chosen, layer, s.policy, options.threads, options.input);
+  } else {
+    score_memory memory;
+    s.chosen = options.backend == name_of(backend_kind::reference)
+                   ? run_reference(s.policy, layer, memory, options.input)
+                   : run_eigen(s.policy, layer, options.threads, options.input);
+    add_tensors(out, s.chosen, s.policy);
   }
-  const auto [fewest, most] = std::minmax_element(chosen.lengths.begin(), chosen.lengths.end());
-  const double cells = static_cast<double>(chosen.heads) * static_cast<double>(s.tokens);
-  std::string text = fmt::format("{}: {}, {} {}s, {} tokens, window {}\n", one_line(options.input), name_of(c.method),
-                                 chosen.heads, granularity, s.tokens, s.tokens - chosen.past);
-  text += fmt::format("kept    {} of {} tokens ({:.1f} %), {} to {} a head\n", s.kept, chosen.heads * s.tokens,
-                      cells > 0 ? 100.0 * static_cast<double>(s.kept) / cells : 100.0, *fewest, *most);
+
+  progress.advance("measuring the error");
+  s.tokens = tensors.tokens();
+  s.cache_bytes = static_cast<std::size_t>(tensors.kv_heads() * s.tokens) * tensors.bytes_per_token();
+  s.kept_bytes = static_cast<std::size_t>(s.chosen.kept().total()) * tensors.bytes_per_token();
+  s.error = window_error(s.chosen, layer, s.policy, options.threads);
+
+  progress.advance("writing");
+  if (options.compact) add_compact_tensors(out, file, prefix, s.chosen.kept(), options.input);
+  out.set_metadata("case", to_json(s.policy).dump());
+  out.set_metadata("restkv", fmt::format("{}.{}.{}", RESTKV_VERSION_MAJOR, RESTKV_VERSION_MINOR, RESTKV_VERSION_PATCH));
+  require(out.write(options.output), "");
+  return s;
+}
+
+nlohmann::json json_of(const select_options& options, const summary& s) {
+  nlohmann::json object{{"file", options.input},
+                        {"output", options.output},
+                        {"configuration", to_json(s.policy)},
+                        {"backend", options.backend},
+                        {"granularity", s.policy.per_query_head() ? "query head" : "kv head"},
+                        {"heads", s.chosen.heads},
+                        {"tokens", s.tokens},
+                        {"window", s.tokens - s.chosen.past},
+                        {"head_lengths", s.chosen.lengths},
+                        {"cache_bytes", s.cache_bytes},
+                        {"kept_bytes", s.kept_bytes},
+                        {"window_error", nullptr}};
+  if (s.error) object["window_error"] = {{"mean", s.error->mean}, {"worst", s.error->worst}};
+  return object;
+}
+
+std::string text_of(const select_options& options, const summary& s) {
+  const index_t kept = s.chosen.kept().total();
+  const index_t all = s.chosen.heads * s.tokens;
+  const auto [fewest, most] = std::minmax_element(s.chosen.lengths.begin(), s.chosen.lengths.end());
+  std::string text = fmt::format("{}: {}, {} {} heads, {} tokens, window {}\n", one_line(options.input),
+                                 name_of(s.policy.method), s.chosen.heads, s.policy.per_query_head() ? "query" : "kv",
+                                 s.tokens, s.tokens - s.chosen.past);
+  text += fmt::format("kept    {} of {} tokens ({:.1f} %), {} to {} a head\n", kept, all,
+                      all > 0 ? 100.0 * static_cast<double>(kept) / static_cast<double>(all) : 100.0, *fewest, *most);
   text += fmt::format("memory  {} of {} a layer\n", bytes_text(s.kept_bytes), bytes_text(s.cache_bytes));
   if (s.error) {
     text += fmt::format("error   {:.4g} of the output over the window's queries, {:.4g} at worst\n", s.error->mean,
                         s.error->worst);
   }
-  print(text + fmt::format("written {}\n", one_line(options.output)));
+  return text + fmt::format("written {}\n", one_line(options.output));
 }
 
 void run_select(const invocation& run, const select_options& options) {
-  progress_line progress(run, "select", 4);
-  progress.advance("reading");
-  safetensors_file file;
-  require(safetensors_file::open(options.input, file), "");
-  const std::string prefix = options.layer < 0 ? "" : fmt::format("layers.{}.", options.layer);
-  const configuration c = options.configuration.over(file.find_metadata("case"), options.input + ": metadata case");
-  layer_file layer_tensors(file, options.input, prefix, options.allow_non_finite);
-  const layer_view<float> layer = layer_tensors.view(c);
-
-  safetensors_writer out;
-  selection chosen;
-  progress.advance("selecting");
-  if (c.method == method_kind::set_error) {
-    chosen = given_selection(layer_tensors, c);
-    add_error_tensors(out, chosen, layer, c, options.threads, options.input);
-  } else if (options.backend == name_of(backend_kind::reference)) {
-    score_memory memory;
-    chosen = run_reference(c, layer, memory, options.input);
-  } else {
-    chosen = run_eigen(c, layer, options.threads, options.input);
-  }
-  progress.advance("measuring the error");
-  summary s;
-  s.tokens = layer_tensors.tokens();
-  s.kept = chosen.kept().total();
-  s.cache_bytes = static_cast<std::size_t>(layer_tensors.kv_heads() * s.tokens) * layer_tensors.bytes_per_token();
-  s.kept_bytes = static_cast<std::size_t>(s.kept) * layer_tensors.bytes_per_token();
-  s.error = window_error(chosen, layer, c, options.threads);
-
-  progress.advance("writing");
-  if (c.method != method_kind::set_error) add_tensors(out, chosen, c);
-  if (options.compact) add_compact_tensors(out, file, prefix, chosen.kept(), options.input);
-  out.set_metadata("case", to_json(c).dump());
-  out.set_metadata("restkv", fmt::format("{}.{}.{}", RESTKV_VERSION_MAJOR, RESTKV_VERSION_MINOR, RESTKV_VERSION_PATCH));
-  require(out.write(options.output), "");
-  report(run, options, c, chosen, s);
+  const summary s = select_into_file(run, options);
+  print(run.json ? json_of(options, s).dump(2, ' ', false, nlohmann::json::error_handler_t::replace) + "\n"
+                 : text_of(options, s));
 }
 
 }  // namespace

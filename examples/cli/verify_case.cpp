@@ -124,6 +124,9 @@ void compare_selection(const case_problem& problem, const selection& chosen, com
 
 void compare_errors(const case_problem& problem, const layer_file& tensors, const verify_options& options,
                     file_outcome& outcome) {
+  if (!tensors.has("wo") && (problem.has("output_error_per_head") || problem.has("output_error_layer"))) {
+    throw input_error(problem.path + ": there is no tensor wo: the known output errors are measured through it");
+  }
   const selection given = given_selection(tensors, problem.c);
   for (const backend_kind backend : {backend_kind::eigen, backend_kind::reference}) {
     comparison compare(outcome, backend, options.tolerance);

@@ -58,8 +58,7 @@ configuration shared_configuration(const safetensors_file& file, const std::stri
   const std::string where = path + ": metadata config";
   const std::string* const text = file.find_metadata("config");
   if (text == nullptr) throw input_error(where + ": is missing");
-  nlohmann::json keys = nlohmann::json::parse(*text, nullptr, false);
-  if (!keys.is_object()) throw input_error(where + ": is not a JSON object");
+  nlohmann::json keys = parse_flat_object(*text, where);
   if (keys.value("granularity", nlohmann::json("query head")) != "query head") {
     throw input_error(where + ": granularity must be \"query head\"");
   }
@@ -110,9 +109,8 @@ void verify_trace(const invocation& run, const safetensors_file& file, const std
   configuration c = shared_configuration(file, path);
   outcome.method = name_of(c.method);
   const std::string* const figures_text = file.find_metadata("figures");
-  nlohmann::json figures =
-      figures_text == nullptr ? nlohmann::json::object() : nlohmann::json::parse(*figures_text, nullptr, false);
-  if (!figures.is_object()) throw input_error(path + ": metadata figures: is not a JSON object");
+  const nlohmann::json figures =
+      parse_flat_object(figures_text == nullptr ? "{}" : *figures_text, path + ": metadata figures");
   const std::vector<known_run> runs = runs_of(file, path);
   safetensors_file trace;
   require(safetensors_file::open(trace_path, trace), "");

@@ -121,7 +121,17 @@ class Tensors(BadInputTest):
         self.check_changed(shaped('wo', 0, 32), 'tensor wo has no rows')
         self.check_changed(shaped('q', 4, 161, 16), 'tensor q has 161 queries, k has 160 tokens', source=GROUPED)
         self.check_changed(shaped('k', 0, 97, 8), 'k has 0')
+        self.check_changed(shaped('k', 4, 97, 0), 'tensor v has 8 channels, k has 0')
         self.check_changed(shaped('k', 4, 0, 8), 'tensor v has 97 tokens, k has 0')
+
+    def test_empty_tensors_of_enormous_extents(self):
+        def empty(case, heads, tokens, channels):
+            for name in ('k', 'v'):
+                case[name] = Tensor('F16', [heads, tokens, channels], [])
+            case['q'] = Tensor('F16', [heads, 0, channels], [])
+        self.check_changed(lambda case: empty(case, 10**12, 0, 8), '1000000000000 heads', '65536')
+        self.check_changed(lambda case: empty(case, 4, 0, 10**12), '1000000000000 channels', '4096')
+        self.check_changed(lambda case: empty(case, 4, 10**12, 0), '0 channels', '4096')
 
     def test_elements_that_are_not_finite(self):
         for name, place, text in (('q', 200, '[1, 9, 0]'), ('k', 780, '[1, 0, 4]'), ('v', 3103, '[3, 96, 7]'),
@@ -174,6 +184,9 @@ class Configurations(BadInputTest):
         self.check_case('{"method": "restkv"', 'JSON')
         self.check_case('[1, 2]', 'JSON object')
         self.check_case('', 'JSON')
+        self.check_case('{"window": 8, "window": 8}', '"window" twice')
+        self.check_case('{"window": {"tokens": 8}}', 'one JSON object of numbers')
+        self.check_case('{"window": ' + 200000 * '[' + 200000 * ']' + '}', 'one JSON object of numbers')
         self.check_case('{"method": "restkv", "widow": 8}', 'unknown key "widow"', 'window', 'budget', 'spatial')
 
     def test_values(self):
@@ -200,7 +213,7 @@ class Configurations(BadInputTest):
                 *(({**pool, 'kernel': 4}, ('is 4', 'odd')) for pool in pools),
                 *(({**pool, 'kernel': -1}, ('is -1', 'odd')) for pool in pools),
                 ({'scale': 0}, ('scale is 0',)), ({'scale': -3}, ('scale is -3',)),
-                ({'scale': 1e300}, ('scale is inf',)),
+                ({'scale': 1e300}, ('scale is 1e+300', 'finite')),
                 ({'tau': 0}, ('tau is 0',)), ({'window': 0}, ('window is 0',)),
                 ({'window': 2000}, ('window needs 97',)),
                 ({'budget': 0}, ('0 tokens',)), ({'budget': -5}, ('-5 tokens',)),

@@ -150,8 +150,7 @@ class Cases(VerifyTest):
             return case
 
         for name, shape in (('score', [3, 241]), ('score', [964]), ('smoothed', [1, 4, 241]), ('kernel', [3]),
-                            ('kernel', [4, 5]),
-                            ('drift', [4, 5]), ('shift', [0]), ('indices', [4])):
+                            ('kernel', [4, 5]), ('drift', [4, 5]), ('shift', [0]), ('indices', [4])):
             self.check_outcome(reshaped(name, shape), 'unusable', f'expected.{name}')
         for name, shape in (('score', [4, 240]), ('score', [4, 0]), ('indices', [4, 2]), ('indices', [4, 0])):
             self.check_outcome(reshaped(name, shape), 'mismatch', f'expected.{name}')
@@ -169,6 +168,9 @@ class Cases(VerifyTest):
         case = read(ADAPTIVE)
         case.set_case(method='tova')
         self.check_outcome(case, 'unusable', 'tova', 'not supported')
+        case = read(GOLDEN / 'set-error-0.safetensors')
+        del case.tensors['wo']
+        self.check_outcome(case, 'unusable', 'tensor wo')
         case = read(ADAPTIVE)
         case['k'].elements[0] = math.nan
         self.check_outcome(case, 'unusable', 'tensor k holds nan')
