@@ -108,7 +108,9 @@ class fuzz_layer {
       view_.pad = bytes.flag() ? restkv::padding::left : restkv::padding::right;
       lengths_.resize(static_cast<std::size_t>(batch) + 1);
       for (auto& length : lengths_) {
-        length = static_cast<std::int32_t>(bytes.chance(100) ? bytes.any_number() : bytes.within(0, tokens));
+        length = static_cast<std::int32_t>(bytes.chance(100)  ? bytes.any_number()
+                                           : bytes.chance(60) ? tokens + bytes.within(1, 3)
+                                                              : bytes.within(0, tokens));
       }
       view_.lengths = {lengths_.data(), {bytes.chance(60) ? batch + 1 : batch}};
     }

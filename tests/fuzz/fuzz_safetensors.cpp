@@ -101,7 +101,9 @@ extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size
       default: read_all_types<1>(file, entry); break;
     }
   }
-  require(covered <= size);
+  std::uint64_t header = 0;
+  std::memcpy(&header, data, sizeof header);
+  require(8 + header + covered == size);
   for (const auto& [key, text] : file.metadata()) require(file.find_metadata(key) != nullptr);
   write_back(file);
   return 0;
