@@ -10,7 +10,7 @@
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
-#include <fcntl.h>
+#include <filesystem>
 #include <string>
 #include <unistd.h>
 
@@ -46,9 +46,7 @@ cli::configuration read_configuration(const std::string& text) {
 /// A file that is written again for every input.
 class scratch_file {
  public:
-  scratch_file() {
-    const char* const folder = std::getenv("TMPDIR");
-    path_ = std::string(folder != nullptr ? folder : "/tmp") + "/restkv_case_XXXXXX";
+  scratch_file() : path_((std::filesystem::temp_directory_path() / "restkv_case_XXXXXX").string()) {
     descriptor_ = mkstemp(path_.data());
     ensure(descriptor_ >= 0);
   }
