@@ -209,7 +209,7 @@ class Cases(VerifyTest):
             case['expected.score'] = score
             return case
 
-        file = self.check_outcome(sink_case(15.0), 'ok', 'rounding')
+        file = self.check_outcome(sink_case(12.5), 'ok', 'rounding')
         self.assertGreater(file['largest_error']['reference'], 1e-4)
         self.assertEqual(len(file['notes']), 2)
         self.check_outcome(sink_case(7.0), 'mismatch', 'expected.score')
