@@ -17,13 +17,17 @@ namespace restkv {
 /// What may be tuned without changing a kept set.
 struct eigen_tuning {
   bool pruning = true;  ///< score exactly only tokens that a bound does not rule out, where the policy admits it
+  /// Logits that are kept, in floats a thread; 20 MB keep those of a head with a window of 32 over 160K tokens. A head
+  /// that has more computes them again, tile by tile, each time they are read, which takes a third longer.
+  index_t kept_logits = index_t(5) << 20;
 };
 
 /// Float arithmetic on Eigen's vector layer, threads over (sequence, KV head).
 ///
 /// Keys and values are read tile by tile, each tile once for all query heads that share it. Distances cost one triangular
 /// d x d product a token and head, for the tokens that bounds do not rule out (`eigen_tuning::pruning`). Extra memory: a few
-/// tiles and 4 MB of logits a thread, two rows of scores a head, see `plan::workspace_bytes`. Results do not depend on the number of threads, on the strides, or on how
+/// tiles and at most `eigen_tuning::kept_logits` a thread, two rows of scores a head, see `plan::workspace_bytes`.
+/// Results do not depend on the tuning, on the number of threads, on the strides, or on how
 /// the cache is cut into chunks.
 class eigen_backend {
  public:
@@ -55,7 +59,7 @@ class eigen_backend {
           factors(request, space),
           slots_(space.take<eigen::tile_buffers>(backend.threads())) {
       for (int i = 0; i < backend.threads(); ++i) {
-        const eigen::tile_buffers buffers(request, states, space);
+        const eigen::tile_buffers buffers(request, states, backend.tuning().kept_logits, space);
         if (slots_ != nullptr && space.check().ok()) new (slots_ + i) eigen::tile_buffers(buffers);
       }
     }
@@ -146,7 +150,8 @@ class eigen_backend {
     if constexpr (needs::window) {
       pool_.run(request.shape.batch * request.shape.kv_heads, [&](index_t unit, int slot) {
         const index_t b = unit / request.shape.kv_heads;
-        observe_kv_head(request, layer, b, unit % request.shape.kv_heads, scratch, scratch.slot(slot), bound, out);
+        observe_kv_head(request, layer, b, unit % request.shape.kv_heads, tuning_.kept_logits, scratch, scratch.slot(slot),
+                        bound, out);
       });
     }
     return {};
@@ -154,7 +159,7 @@ class eigen_backend {
 
   template <class Request, element T>
   static void observe_kv_head(const Request& request, const layer_view<T>& layer, index_t batch, index_t kv_head,
-                              scratch<Request>& scratch, eigen::tile_buffers& buffers, bool bound,
+                              index_t kept_logits, scratch<Request>& scratch, eigen::tile_buffers& buffers, bool bound,
                               tensor_view<float, 3> out) {
     using needs = eigen::needs_of<Request>;
     const sequence_span span = sequence(layer, batch);
@@ -167,7 +172,7 @@ class eigen_backend {
       return eigen::head_task<Request>(request, batch, kv_head * group + j, span);
     };
     task_of(0).fill_weights(buffers.weights, states.lanes);
-    const index_t together = eigen::heads_of_block(group, states.lanes);
+    const index_t together = eigen::heads_of_block(group, states.lanes, span.length, kept_logits);
     for (index_t first = 0; first < group; first += together) {
       const index_t heads = std::min(together, group - first);
       const index_t first_head = kv_head * group + first;

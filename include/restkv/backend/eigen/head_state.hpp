@@ -148,13 +148,13 @@ struct tile_buffers {
   index_t* tokens = nullptr;  ///< [tile_tokens]
 
   template <class Request>
-  tile_buffers(const Request& request, const head_states& states, workspace& space) noexcept {
+  tile_buffers(const Request& request, const head_states& states, index_t kept_logits, workspace& space) noexcept {
     using needs = needs_of<Request>;
     const index_t cells = tile_tokens * states.lanes;
     if constexpr (needs::window) {
       softmax = window_softmax(request.shape.tokens,
-                               heads_of_block(request.shape.group(), states.lanes) * states.lanes,
-                               request.shape.head_dim, space);
+                               most_heads_of_block(request.shape.group(), states.lanes) * states.lanes,
+                               request.shape.head_dim, kept_logits, space);
       shares = space.take<float>(cells);
       odds = space.take<float>(cells);
       cross = space.take<float>(cells);

@@ -33,14 +33,23 @@ struct lane_block {
 /// Lanes of a block: with more, the logits of a tile leave the second-level cache; with fewer, keys are read more often.
 inline constexpr index_t most_block_lanes = 256;
 
-/// Query heads that are observed together.
-[[nodiscard]] constexpr index_t heads_of_block(index_t group, index_t lanes_of_head) noexcept {
+/// Tokens rounded up to whole tiles.
+[[nodiscard]] constexpr index_t padded_tokens(index_t tokens) noexcept {
+  return (tokens + tile_tokens - 1) / tile_tokens * tile_tokens;
+}
+
+/// The most query heads of a group that are observed together.
+[[nodiscard]] constexpr index_t most_heads_of_block(index_t group, index_t lanes_of_head) noexcept {
   return std::clamp<index_t>(most_block_lanes / std::max<index_t>(lanes_of_head, 1), 1, std::max<index_t>(group, 1));
 }
 
-/// Logits that are kept, in floats, 4 MB a thread. A block whose logits are more computes them again, tile by tile, each
-/// time they are read: memory does not grow with the prompt, and the bits are the same.
-inline constexpr index_t most_kept_logits = index_t(1) << 20;
+/// Query heads that are observed together: as many as keep their logits, the most where not even one does.
+[[nodiscard]] constexpr index_t heads_of_block(index_t group, index_t lanes_of_head, index_t tokens,
+                                               index_t kept_logits) noexcept {
+  const index_t most = most_heads_of_block(group, lanes_of_head);
+  const index_t kept = kept_logits / std::max<index_t>(padded_tokens(tokens) * lanes_of_head, 1);
+  return kept <= 0 ? most : std::min(most, kept);
+}
 
 /// The logit of a token that a query does not see.
 inline constexpr float masked_logit = std::numeric_limits<float>::lowest();
@@ -78,10 +87,9 @@ class window_softmax {
  public:
   window_softmax() = default;
 
-  /// Room for sequences of `tokens` tokens and blocks of `lanes` lanes.
-  window_softmax(index_t tokens, index_t lanes, index_t head_dim, workspace& space) noexcept {
-    const index_t all = (tokens + tile_tokens - 1) / tile_tokens * tile_tokens * lanes;
-    most_kept_ = std::min(all, std::max({most_kept_logits, tokens, tile_tokens * lanes}));
+  /// Room for sequences of `tokens` tokens and blocks of `lanes` lanes, `kept_logits` of whose logits are kept at most.
+  window_softmax(index_t tokens, index_t lanes, index_t head_dim, index_t kept_logits, workspace& space) noexcept {
+    most_kept_ = std::min(padded_tokens(tokens) * lanes, std::max(kept_logits, tokens));
     kept_ = space.take<float>(most_kept_);
     tile_ = space.take<float>(tile_tokens * lanes);
     queries_ = space.take<float>(head_dim * lanes);
@@ -113,7 +121,7 @@ class window_softmax {
   void run(const layer_view<T>& layer, index_t batch, const lane_block& block, const sequence_span& span) noexcept {
     begin(layer, batch, block, span);
     const index_t lanes = block.lanes();
-    const index_t tiles = (span.length + tile_tokens - 1) / tile_tokens;
+    const index_t tiles = padded_tokens(span.length) / tile_tokens;
     keeps_ = tiles * tile_tokens * lanes <= most_kept_;
     for (index_t t = 0; t < tiles; ++t) {
       float* const tile = keeps_ ? kept_ + t * tile_tokens * lanes : tile_;
