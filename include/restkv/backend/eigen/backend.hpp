@@ -17,9 +17,11 @@ namespace restkv {
 /// What may be tuned without changing a kept set.
 struct eigen_tuning {
   bool pruning = true;  ///< score exactly only tokens that a bound does not rule out, where the policy admits it
-  /// Logits that are kept, in floats a thread; 20 MB keep those of a head with a window of 32 over 160K tokens. A head
-  /// that has more computes them again, tile by tile, each time they are read, which takes a third longer.
-  index_t kept_logits = index_t(5) << 20;
+  /// Logits that are kept, in floats a thread, at most; a prompt that has fewer takes less. The default, 71 MB, holds four
+  /// heads with a window of 32 over 139K tokens. Where the heads that share keys do not all fit, fewer are observed
+  /// together and keys are read more often; where not even one fits, logits are computed again, tile by tile, each time
+  /// they are read. At 128K tokens a fourth of it costs a fifth to two fifths of time. Lower it where many threads run.
+  index_t kept_logits = index_t(17) << 20;
 };
 
 /// Float arithmetic on Eigen's vector layer, threads over (sequence, KV head).
