@@ -245,9 +245,9 @@ def cut(trace, expected, layer, kv_heads, queried=3, budgets=None):
 class Traces(VerifyTest):
     def small(self):
         trace = read(os.path.join(EXAMPLE_DATA, 'trace-2k.safetensors'))
-        small, known = cut(trace, read(TRACES / 'trace-2k.expected.safetensors'), 10, [1], budgets=[128])
+        small, known = cut(trace, read(TRACES / 'trace-2k.expected.safetensors'), 10, [1], queried=1, budgets=[128])
         for name in list(known.names()):  # the order of the paper takes the reference long
-            if '.before.' in name:
+            if '.before.' in name or '.scale2000.' in name:
                 del known.tensors[name]
         self.write(small, 'small.safetensors')
         return small, known
@@ -281,8 +281,8 @@ class Traces(VerifyTest):
     def test_changed_results(self):
         _, known = self.small()
         run = 'layers.10.after.scale100'
-        for tensor, element, change in ((run + '.score', 4000, 0.01), (run + '.budget128.kernel', 1, 2),
-                                        (run + '.budget128.shift', 2, 1), (run + '.budget128.drift', 0, 0.5),
+        for tensor, element, change in ((run + '.score', 1000, 0.01), (run + '.budget128.kernel', 0, 2),
+                                        (run + '.budget128.shift', 0, 1), (run + '.budget128.drift', 0, 0.5),
                                         (run + '.budget128.indices', 50, 2000)):
             changed = read(self.write(known, 'small.expected.safetensors'))
             changed[tensor].elements[element] += change
