@@ -19,10 +19,13 @@ std::vector<position_t> selection::kept_past(index_t head) const {
 }
 
 adaptive_windows::adaptive_windows(const configuration& c, const std::vector<double>& drifts) {
+  kernel.resize(drifts.size());
+  shift.resize(drifts.size());
+  if (c.spatial != spatial_kind::adaptive) return;
   const adaptive_window window{.min_width = c.kernel, .scale = c.scale, .shift_rule = c.shift_rule};
-  for (const double drift : drifts) {
-    kernel.push_back(static_cast<std::int32_t>(window.width(drift)));
-    shift.push_back(static_cast<std::int32_t>(window.shift(drift)));
+  for (std::size_t row = 0; row < drifts.size(); ++row) {
+    kernel[row] = static_cast<std::int32_t>(window.width(drifts[row]));
+    shift[row] = static_cast<std::int32_t>(window.shift(drifts[row]));
   }
 }
 

@@ -34,7 +34,7 @@ struct selection {
   [[nodiscard]] std::vector<position_t> kept_past(index_t head) const;
 };
 
-/// What the adaptive window made of each row's drift.
+/// What the adaptive window made of each row's drift; 0 with another spatial smoother.
 struct adaptive_windows {
   std::vector<std::int32_t> kernel;  ///< widths
   std::vector<std::int32_t> shift;

@@ -95,6 +95,13 @@ class Cases(VerifyTest):
         keep[keep.index(1)] = 0
         self.check_outcome(case, 'mismatch')
 
+    def test_keys_that_do_not_act_may_hold_anything(self):
+        case = read(GOLDEN / 'restkv-23-before-wo-mean-none.safetensors')
+        case.set_case(scale=0, kernel=-4, alpha=7, floor=-1, beta=0)
+        self.check_outcome(case, 'ok')
+        case['expected.kernel'] = Tensor('I32', [4], [5, 5, 5, 5])
+        self.check_outcome(case, 'mismatch', 'expected.kernel')
+
     def test_a_number_that_is_not_one_never_passes(self):
         for name in ('score', 'smoothed', 'drift'):
             for value in (math.nan, math.inf):
