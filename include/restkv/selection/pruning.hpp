@@ -11,8 +11,6 @@
 #include <restkv/backend/backend.hpp>
 #include <restkv/selection/top_k.hpp>
 
-#include <atomic>
-
 namespace restkv::detail {
 
 /// True when nothing about a policy's parts but the backend's bounds stands in the way of pruning.

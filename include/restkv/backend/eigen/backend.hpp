@@ -28,9 +28,8 @@ struct eigen_tuning {
 ///
 /// Keys and values are read tile by tile, each tile once for all query heads that share it. Distances cost one triangular
 /// d x d product a token and head, for the tokens that bounds do not rule out (`eigen_tuning::pruning`). Extra memory: a few
-/// tiles and at most `eigen_tuning::kept_logits` a thread, two rows of scores a head, see `plan::workspace_bytes`.
-/// Results do not depend on the tuning, on the number of threads, on the strides, or on how
-/// the cache is cut into chunks.
+/// tiles and at most `eigen_tuning::kept_logits` a thread, two rows of scores a head, see `plan::workspace_bytes`. Results
+/// do not depend on the tuning, on the number of threads, on the strides, or on how the cache is cut into chunks.
 class eigen_backend {
  public:
   using score_type = float;  ///< all scores are float
@@ -209,13 +208,10 @@ class eigen_backend {
       const index_t rows = request.heads() / request.shape.kv_heads;  // of this KV head
       for (index_t r = kv_head * rows; r < (kv_head + 1) * rows; ++r) {
         float* const row = &out(batch, r, 0);
-        if (bound) {
-          eigen::finish_bounds(request, group / rows, past, row);
-        } else {
-          for (index_t n = 0; n < past; ++n) {
-            row[n] = eigen::finite_score(group_finish(request.group, row[n], group / rows));
-          }
+        for (index_t n = 0; n < past; ++n) {
+          row[n] = eigen::finite_score(group_finish(request.group, row[n], group / rows));
         }
+        if (bound) eigen::bound_unknown(past, row);
       }
     }
   }

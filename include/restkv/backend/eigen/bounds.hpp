@@ -20,19 +20,20 @@ namespace restkv::eigen {
 inline constexpr float bound_slack = 1.0f + 2e-3f;
 inline constexpr float bound_floor = 4e-5f;
 
-/// Makes the radii of one head those of computed distances, rounding and cancellation included.
+/// The largest factor by which M stretches a vector, rounding included.
 template <class Request>
 [[nodiscard]] float stretch_of(const head_task<Request>& task, const output_metric_view& metric) noexcept {
   return needs_metric(task.request.score) ? std::sqrt(metric.spectrum(task.head, 0)) * bound_slack : bound_slack;
 }
+
+/// Makes the radii of one head those of computed distances, rounding and cancellation included.
 template <class Request>
 void widen_radii(const head_task<Request>& task, const output_metric_view& metric, const head_states& states) noexcept {
   const index_t cells = task.state() * states.outputs;
   const float* const centre = states.centre + task.state() * states.width;
-  const float centre_norm = std::sqrt(dot(centre, centre, states.width));
+  const float centre_reach = stretch_of(task, metric) * std::sqrt(dot(centre, centre, states.width));
   for (index_t i = cells; i < cells + states.outputs; ++i) {
-    states.radius[i] = bound_slack * states.radius[i] +
-                       bound_floor * (stretch_of(task, metric) * centre_norm + states.norm[i]);
+    states.radius[i] = bound_slack * states.radius[i] + bound_floor * (centre_reach + states.norm[i]);
   }
 }
 
@@ -91,15 +92,10 @@ void bound_heads(const Request& request, const layer_view<T>& layer, index_t bat
   });
 }
 
-/// Ends a row of bounds: group reduction, and the largest float where a bound is not a number, so that the token is
-/// scored.
-template <class Request>
-void finish_bounds(const Request& request, index_t heads, index_t past, float* row) noexcept {
+/// In place of bounds that are not numbers, the largest float: those tokens are scored.
+inline void bound_unknown(index_t past, float* row) noexcept {
   constexpr float most = std::numeric_limits<float>::max();
-  for (index_t n = 0; n < past; ++n) {
-    const float bound = finite_score(group_finish(request.group, row[n], heads));
-    row[n] = bound <= most ? bound : most;
-  }
+  for (index_t n = 0; n < past; ++n) row[n] = row[n] <= most ? row[n] : most;
 }
 
 }  // namespace restkv::eigen

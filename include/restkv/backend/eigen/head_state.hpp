@@ -23,7 +23,7 @@ struct needs_of {
   /// Scores from attention alone: ready when the attention is, nothing else is read.
   static constexpr bool local = window && !values && !has(set, feature::key_norm);
   static constexpr bool linear = linear_temporal_smoother<std::remove_cvref_t<decltype(Request::temporal)>>;
-  /// Scores that can be bounded without the distances: see `bound_head`.
+  /// Scores that can be bounded without the distances: see `bound_heads`.
   static constexpr bool boundable = has(set, feature::distance) && !has(set, feature::value_norm | feature::key_norm) &&
                                     monotone_in_distance<std::remove_cvref_t<decltype(Request::score)>>() &&
                                     monotone_temporal_smoother<std::remove_cvref_t<decltype(Request::temporal)>>;

@@ -156,8 +156,6 @@ void score_tile(const head_task<Request>& task, index_t count, const float_rows&
     if constexpr (distance) {
       multiply({images.data, images.stride, 1}, count, states.image + cells * width, lanes, lanes, width,
                buffers.cross, lanes);
-    }
-    if constexpr (distance) {
       distances_of_tile(task, count, images, buffers, states);
     }
     if constexpr (has(needs::set, feature::odds) || distance) {
