@@ -21,6 +21,7 @@ struct plan {
   Policy policy{};                  ///< as it was given
   problem_shape shape{};            ///< the largest layer it serves
   index_t heads = 0;                ///< rows of a kept set per sequence: KV heads, or query heads without group reduction
+  index_t rows = 0;                 ///< rows of scores per sequence: `heads`, or 1 where a layer's heads share
   index_t capacity = 0;             ///< most tokens one head can keep
   std::size_t workspace_bytes = 0;  ///< what `select` needs, its result included
 };
@@ -57,6 +58,31 @@ struct selection_details {
 
 namespace detail {
 
+/// A sequence of `length` tokens as an allocator sees it, when no mask protects more than the policy does.
+template <class Policy>
+[[nodiscard]] constexpr budget_problem budget_of_span(const Policy& policy, const problem_shape& shape, index_t rows,
+                                                      index_t length) noexcept {
+  const index_t unit = policy.granularity.tokens;
+  const index_t end = std::max<index_t>(0, length - policy.recent()) / unit;  // of the units without a recent token
+  const index_t first = (std::min(policy.protect.sink, length) + unit - 1) / unit;
+  return {.heads = rows,
+          .length = (length + unit - 1) / unit,
+          .candidates = std::max<index_t>(0, end - first),
+          .layer = shape.layer,
+          .layers = shape.layers,
+          .unit = unit};
+}
+
+/// What a rescorer's weights are asked for with: no queries, the mean over the query heads of a row.
+template <class Policy>
+[[nodiscard]] constexpr auto make_weight_request(const Policy& policy, const problem_shape& shape) noexcept {
+  using weight = decltype(weight_of(policy.rescoring));
+  static_assert(!needs_window<weight>(), "a rescorer's weight may not need queries");
+  return score_request<weight, mean>{
+      weight_of(policy.rescoring), {}, 0,
+      policy.group == group_reduce::none ? group_reduce::none : group_reduce::mean, shape};
+}
+
 /// The memory of one selection, carved from a workspace by the same code when planning and when running.
 template <class Backend, class Policy>
 struct selection_memory {
@@ -68,11 +94,14 @@ struct selection_memory {
   tensor_view<real, 3> score;            // [batch, heads, tokens]
   tensor_view<real, 3> smoothed;         // [batch, heads, tokens]
   tensor_view<double, 2> drift;          // [batch, heads]
+  index_t* candidates;                   // [batch * heads], in units
   index_t* counts;                       // [batch * heads]
   double* shares;                        // [batch * heads]
   tensor_view<token_state, 3> states{};  // [batch, heads, tokens]; only where certified pruning may run
   std::uint8_t* settled = nullptr;       // likewise
   pruning_row<key>* rows = nullptr;      // [batch * heads], likewise
+  tensor_view<real, 3> weights{};        // [batch, heads, tokens]; only for a rescorer that has weights
+  real* rescoring = nullptr;             // [batch * heads, scratch of a row]
 
   selection_memory(const Backend& backend, const plan<Policy>& p, workspace& space) noexcept {
     const index_t count = p.shape.batch * p.heads;
@@ -81,8 +110,15 @@ struct selection_memory {
     score = {space.take<real>(count * p.shape.tokens), {p.shape.batch, p.heads, p.shape.tokens}};
     smoothed = {space.take<real>(count * p.shape.tokens), {p.shape.batch, p.heads, p.shape.tokens}};
     drift = {space.take<double>(count), {p.shape.batch, p.heads}};
+    candidates = space.take<index_t>(count);
     counts = space.take<index_t>(count);
     shares = space.take<double>(count);
+    if constexpr (rescores<decltype(Policy::rescoring)>) {
+      if constexpr (has_weight<decltype(Policy::rescoring)>) {
+        weights = {space.take<real>(count * p.shape.tokens), {p.shape.batch, p.heads, p.shape.tokens}};
+      }
+      rescoring = space.take<real>(count * scratch_size_of(p.policy.rescoring, p.shape));
+    }
     if constexpr (may_prune<Backend, Policy>) {
       if (!backend.bounds_pay(make_score_request(p.policy, p.shape))) return;
       states = {space.take<token_state>(count * p.shape.tokens), {p.shape.batch, p.heads, p.shape.tokens}};
@@ -134,23 +170,39 @@ template <tensor_backend Backend, class Policy>
     return status::error(errc::invalid_argument, "%lld sequences of %lld heads of %lld tokens pass 2^40 scores",
                          ll(shape.batch), ll(shape.query_heads), ll(shape.tokens));
   }
+  if constexpr (head_score<decltype(policy.score)>) {
+    if constexpr (requires { { policy.score.check(shape) } -> std::same_as<status>; }) {
+      RESTKV_RETURN_IF_FAILED(policy.score.check(shape));
+    }
+  }
   plan<Policy> made;
   made.policy = policy;
   made.shape = shape;
   made.heads = policy.group == group_reduce::none ? shape.query_heads : shape.kv_heads;
-  const index_t fixed = std::min(shape.tokens, policy.protect.sink + policy.recent());
-  const budget_problem longest_sequence{made.heads, shape.tokens, shape.tokens - fixed, shape.layer, shape.layers};
+  made.rows = policy.granularity.shared ? 1 : made.heads;
+  const auto longest_sequence = detail::budget_of_span(policy, shape, made.rows, shape.tokens);
+  const index_t unit = policy.granularity.tokens;
   const index_t budget = policy.budget.tokens_per_head(longest_sequence);
-  if (budget < fixed) {
+  if (budget < longest_sequence.protected_tokens()) {
+    const char* const units = unit == 1 ? "tokens" : "chunks or pages";
     return status::error(errc::invalid_argument,
-                         "the budget is %lld tokens per head, %lld are protected (%lld sinks, %lld recent)",
-                         ll(budget), ll(fixed), ll(policy.protect.sink), ll(policy.recent()));
+                         "the budget is %lld %s per head, %lld are protected (%lld sinks, %lld recent)",
+                         ll(budget), units, ll(longest_sequence.protected_tokens()), ll(policy.protect.sink),
+                         ll(policy.recent()));
   }
-  made.capacity = std::clamp<index_t>(policy.budget.most_per_head(longest_sequence), fixed, shape.tokens);
+  // A shorter sequence may end elsewhere in its last unit, and protect one more.
+  const index_t most = policy.budget.most_per_head(longest_sequence) + (unit == 1 ? 0 : 1);
+  const index_t fixed = std::min(shape.tokens, policy.protect.sink + policy.recent());
+  made.capacity = most >= (shape.tokens + unit - 1) / unit ? shape.tokens
+                                                           : std::clamp<index_t>(most * unit, fixed, shape.tokens);
   workspace counting;
   detail::selection_memory<Backend, Policy> memory(backend, made, counting);
   typename Backend::template scratch<score_request_of<Policy>> scratch(backend, make_score_request(policy, shape),
                                                                        counting);
+  if constexpr (detail::has_weight<decltype(policy.rescoring)>) {
+    const auto weights = detail::make_weight_request(policy, shape);
+    typename Backend::template scratch<std::remove_const_t<decltype(weights)>> weight_scratch(backend, weights, counting);
+  }
   RESTKV_RETURN_IF_FAILED(counting.check());
   made.workspace_bytes = counting.required_bytes();
   out = made;

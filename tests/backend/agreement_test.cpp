@@ -183,7 +183,7 @@ void check_agreement(const Policy& policy, const layer_view<T>& layer, tally& co
   REQUIRE(pruned.result.ok());
   CHECK(pruned.kept == fast.kept);  // pruning is not allowed to be seen
   for (index_t b = 0; b < exact.batch; ++b) {
-    const sequence_span span = sequence(layer, b);
+    const sequence_span span = sequence(layer, b, 0);
     for (index_t h = 0; h < exact.heads; ++h) {
       CAPTURE(b, h);
       check_head(policy, exact, fast, b, h, span, count);

@@ -185,8 +185,8 @@ TEST_CASE("sequences lie at the end of the token axis with left padding, at its 
     layer.key = tensor_view<const float, 4>(numbers.data(), {3, 1, tokens, 2});
     for (index_t b = 0; b < 3; ++b) {  // without lengths: everything, whatever the padding
       layer.pad = padding::right;
-      CHECK(sequence(layer, b).begin == 0);
-      CHECK(sequence(layer, b).length == tokens);
+      CHECK(sequence(layer, b, 0).begin == 0);
+      CHECK(sequence(layer, b, 0).length == tokens);
     }
     std::vector<std::int32_t> lengths(3);
     for (auto& length : lengths) length = static_cast<std::int32_t>(pick(random, 0, tokens));
@@ -194,7 +194,7 @@ TEST_CASE("sequences lie at the end of the token axis with left padding, at its 
     for (const padding pad : {padding::left, padding::right}) {
       layer.pad = pad;
       for (index_t b = 0; b < 3; ++b) {
-        const auto span = sequence(layer, b);
+        const auto span = sequence(layer, b, 0);
         CHECK(span.length == lengths[static_cast<std::size_t>(b)]);
         CHECK(span.begin == (pad == padding::left ? tokens - span.length : 0));
       }
@@ -219,7 +219,7 @@ TEST_CASE("window queries are the last rows of the sequence, oldest first") {
     if (padded) layer.lengths = {lengths.data(), {2}};
     layer.pad = chance(random, 50) ? padding::left : padding::right;
     for (index_t b = 0; b < 2; ++b) {
-      const index_t length = sequence(layer, b).length;
+      const index_t length = sequence(layer, b, 0).length;
       const index_t window = pick(random, 0, std::min(length, rows));
       // With right padding and a query for every token, the padding's own queries stand behind the sequence's.
       const bool row_is_token = padded && layer.pad == padding::right && rows == tokens;

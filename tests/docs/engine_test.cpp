@@ -80,7 +80,7 @@ TEST_CASE("views of an engine's memory", "[docs]") {
   layer.lengths = {lengths.data(), {2}};
   layer.pad = restkv::padding::left;
   //! [padding]
-  CHECK(restkv::sequence(layer, 1).begin == 15);
+  CHECK(restkv::sequence(layer, 1, 0).begin == 15);
 
   //! [keep_mask]
   // The first 10 tokens of the token axis are a system prompt: never evict them.

@@ -95,7 +95,7 @@ struct outcome {
     require(kept.batch() == shape.batch && kept.heads() == made.heads && kept.capacity() == made.capacity);
     require(check_kept(kept, shape.batch, shape.kv_heads, layer.key.extent(2)).ok());
     for (index_t b = 0; b < shape.batch; ++b) {
-      const sequence_span span = sequence(layer, b);
+      const sequence_span span = sequence(layer, b, 0);
       for (index_t h = 0; h < made.heads; ++h) {
         for (index_t i = 0; i < kept.lengths(b, h); ++i) {
           require(kept.positions(b, h, i) >= span.begin && kept.positions(b, h, i) < span.begin + span.length);

@@ -32,7 +32,7 @@ std::vector<std::vector<index_t>> kept_by(random_engine& random, Backend& backen
   check_selection(plan, layer, kept, details.view.smoothed);
   std::vector<std::vector<index_t>> heads;
   for (index_t b = 0; b < kept.batch(); ++b) {
-    for (index_t h = 0; h < kept.heads(); ++h) heads.push_back(kept_of(kept, b, h, restkv::sequence(layer, b).begin));
+    for (index_t h = 0; h < kept.heads(); ++h) heads.push_back(kept_of(kept, b, h, restkv::sequence(layer, b, 0).begin));
   }
   return heads;
 }

@@ -74,7 +74,7 @@ struct expected_sequence {
 
   template <class Policy, class T>
   expected_sequence(const restkv::plan<Policy>& plan, const layer_view<T>& layer, index_t b)
-      : span(restkv::sequence(layer, b)), is_protected(static_cast<std::size_t>(span.length)) {
+      : span(restkv::sequence(layer, b, 0)), is_protected(static_cast<std::size_t>(span.length)) {
     const Policy& policy = plan.policy;
     for (index_t n = 0; n < span.length; ++n) {
       const bool masked = layer.keep_mask.data != nullptr && layer.keep_mask(b, span.begin + n) != 0;

@@ -109,7 +109,7 @@ class arranged_layer {
     lengths = std::move(sequence_lengths);
     pad = side;
     for (index_t b = 0; b < sizes.batch; ++b) {
-      const restkv::sequence_span span = restkv::sequence(view(), b);
+      const restkv::sequence_span span = restkv::sequence(view(), b, 0);
       for (index_t n = 0; n < sizes.tokens; ++n) {
         if (n >= span.begin && n < span.begin + span.length) continue;
         for (index_t h = 0; h < sizes.kv_heads; ++h) {

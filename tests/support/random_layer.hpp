@@ -66,7 +66,7 @@ class random_layer {
       if (lengths.empty()) lengths.resize(1);  // a pointer that is not null, for a batch of 0
       view_.lengths = {lengths.data(), {recipe.batch}};
       for (index_t b = 0; b < recipe.batch; ++b) {
-        const auto span = restkv::sequence(view_, b);
+        const auto span = restkv::sequence(view_, b, 0);
         for (index_t n = 0; n < recipe.tokens; ++n) {
           if (n >= span.begin && n < span.begin + span.length) continue;
           for (const auto* cache : {&key, &value}) {

@@ -254,7 +254,7 @@ TEST_CASE("a padded sequence of a batch costs what it costs alone") {
   double worst = 0;
   for (index_t b = 0; b < 4; ++b) {
     CAPTURE(b);
-    const sequence_span span = sequence(layer.view(), b);
+    const sequence_span span = sequence(layer.view(), b, 0);
     REQUIRE(errors.rows(b) == std::min(asked, span.length));
     for (index_t i = 0; i < asked - errors.rows(b); ++i) {
       CHECK(errors.layer()(b, i) == 0);

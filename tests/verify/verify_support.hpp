@@ -40,7 +40,7 @@ owned_kept_tokens keep_where(index_t batch, index_t heads, index_t tokens, const
 template <class T>
 owned_kept_tokens keep_some(random_engine& random, const layer_view<T>& layer, index_t heads, int percent) {
   return keep_where(layer.key.extent(0), heads, layer.key.extent(2), [&](index_t b, index_t, index_t n) {
-    const auto span = restkv::sequence(layer, b);
+    const auto span = restkv::sequence(layer, b, 0);
     const bool wanted = chance(random, percent);  // asked for padding too: the draw does not depend on the lengths
     return wanted && n >= span.begin && n < span.begin + span.length;
   });

@@ -13,7 +13,7 @@
 namespace restkv {
 
 /// What a scoring primitive is asked for: the parts of a policy that come before spatial smoothing, without the rest.
-template <token_score Score, temporal_smoother Temporal>
+template <class Score, temporal_smoother Temporal>
 struct score_request {
   Score score{};                            ///< per-token score
   Temporal temporal{};                      ///< reduction over the window's queries
@@ -27,8 +27,10 @@ struct score_request {
   }
   /// Queries of a sequence's observation window: all of a sequence that is shorter than the window.
   [[nodiscard]] constexpr index_t window_of(index_t length) const noexcept { return std::min(window, length); }
-  /// Tokens of a sequence that scores are defined for: those before the window.
-  [[nodiscard]] constexpr index_t past_of(index_t length) const noexcept { return length - window_of(length); }
+  /// Tokens of a sequence that scores are defined for: those before the window, or all.
+  [[nodiscard]] constexpr index_t past_of(index_t length) const noexcept {
+    return scores_window<Score>() ? length : length - window_of(length);
+  }
 };
 
 /// The request that a policy's parts make.
@@ -90,8 +92,8 @@ concept has_window_drift = requires(B& backend, const archetype_request& request
 ///   `(backend, request, workspace)`; constructed once with a counting workspace and once with a real one. Its
 ///   `drift()` is room for the drift of every query head, [batch, query_heads].
 /// * `token_scores(request, layer, scratch, out)`: window attention, the score's features, the temporal reduction and
-///   the group reduction. Fills out[b][h][0 .. past), out is [batch, heads, tokens], tokens counted from the beginning
-///   of each sequence.
+///   the group reduction; or a head score's rows and the group reduction. Fills out[b][h][0 .. past), out is [batch,
+///   heads, tokens], tokens counted from the beginning of each head's sequence.
 /// * `window_drift(request, layer, most_attended, scratch, out)`: the drift of each query head's attention, see
 ///   adaptive_window; out is [batch, query_heads]; most_attended[b] is how many tokens per query take part.
 template <class B>

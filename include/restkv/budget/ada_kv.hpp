@@ -26,7 +26,7 @@ struct ada_kv {
 
   /// See `budget_allocator`.
   [[nodiscard]] index_t tokens_per_head(const budget_problem& problem) const noexcept {
-    return budget.of(problem.length);
+    return budget.of(problem);
   }
   /// See `budget_allocator`.
   [[nodiscard]] index_t most_per_head(const budget_problem& problem) const noexcept {
@@ -47,7 +47,7 @@ struct ada_kv {
                 std::span<double> scratch) const noexcept {
     using real = std::conditional_t<sizeof(Key) == 4, float, double>;
     const index_t base = chosen_per_head(*this, problem);
-    const index_t total = problem.heads * base;
+    const index_t total = std::min(problem.heads * base, problem.all_candidates());
     if (normalise) {
       for (index_t h = 0; h < problem.heads; ++h) {
         scratch[static_cast<std::size_t>(h)] = concentration(keys[h], base);
@@ -69,7 +69,8 @@ struct ada_kv {
     for (std::size_t h = 0; h < counts.size(); ++h) {
       scratch[h] = static_cast<double>(counts[h]) * (1.0 - part) + static_cast<double>(base) * part;
     }
-    round_to_total(scratch.first(counts.size()), total, problem.candidates, counts);
+    const auto ceiling = [&](std::size_t h) { return problem.candidates_of(static_cast<index_t>(h)); };
+    round_to_total(scratch.first(counts.size()), total, ceiling, counts);
   }
 
   /// Fails on a floor outside [0, 1] and on a bad budget.

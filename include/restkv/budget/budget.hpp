@@ -14,6 +14,34 @@
 
 namespace restkv {
 
+/// One sequence of one layer, as an allocator sees it. Everything is counted in units of eviction: tokens, or chunks and
+/// pages of `unit` tokens (`granularity`).
+struct budget_problem {
+  index_t heads = 0;       ///< rows of the layer's kept set
+  index_t length = 0;      ///< units of the sequence, of the longest head where heads differ
+  index_t candidates = 0;  ///< units per head that may be evicted: length less the protected ones
+  index_t layer = 0;       ///< index of the layer
+  index_t layers = 1;      ///< layers of the model
+  index_t unit = 1;        ///< tokens of a unit
+  /// Candidates of each head, [heads]; empty where all have `candidates`. Heads differ in a cache that was compacted with
+  /// a budget for each.
+  std::span<const index_t> head_candidates{};
+
+  /// Units per head that are kept whatever the budget.
+  [[nodiscard]] constexpr index_t protected_tokens() const noexcept { return length - candidates; }
+  /// Candidates of head h.
+  [[nodiscard]] constexpr index_t candidates_of(index_t h) const noexcept {
+    return head_candidates.empty() ? candidates : head_candidates[static_cast<std::size_t>(h)];
+  }
+  /// Candidates of all heads together.
+  [[nodiscard]] constexpr index_t all_candidates() const noexcept {
+    if (head_candidates.empty()) return heads * candidates;
+    index_t sum = 0;
+    for (const index_t count : head_candidates) sum += count;
+    return sum;
+  }
+};
+
 /// Tokens kept per head, as a count or as a part of the sequence. Protected tokens (window, sinks) are included.
 struct budget_size {
   index_t tokens = 1024;  ///< used where ratio is 0
@@ -35,6 +63,10 @@ struct budget_size {
     if (ratio == 0.0) return std::min(tokens, length);
     return std::min(length, static_cast<index_t>(std::floor(ratio * static_cast<double>(length))));
   }
+  /// Units for a head of a problem, rounded down, never more than it has.
+  [[nodiscard]] index_t of(const budget_problem& problem) const noexcept {
+    return budget_size(*this, problem.unit).of(problem.length);
+  }
 
   /// Fails on a count below 1 and on a ratio outside (0, 1]; the message begins with `owner`.
   [[nodiscard]] status check(const char* owner) const noexcept {
@@ -48,18 +80,11 @@ struct budget_size {
     }
     return {};
   }
-};
 
-/// One sequence of one layer, as an allocator sees it.
-struct budget_problem {
-  index_t heads = 0;       ///< rows of the layer's kept set
-  index_t length = 0;      ///< tokens of the sequence
-  index_t candidates = 0;  ///< tokens per head that may be evicted: length less the protected ones
-  index_t layer = 0;       ///< index of the layer
-  index_t layers = 1;      ///< layers of the model
-
-  /// Tokens per head that are kept whatever the budget.
-  [[nodiscard]] constexpr index_t protected_tokens() const noexcept { return length - candidates; }
+ private:
+  /// The same budget counted in units.
+  constexpr budget_size(const budget_size& size, index_t unit) noexcept
+      : tokens(size.tokens / unit), ratio(size.ratio) {}
 };
 
 namespace detail {
@@ -86,10 +111,11 @@ concept allocates_by_keys = requires(const A& allocator, const budget_problem& p
 /// `tokens_per_head(problem)`: the mean number of tokens a head of this layer keeps, protected ones included; what
 /// it returns is clamped to [protected, length]. `most_per_head(problem)`: the largest number one head may get, for
 /// planning. `allocate(problem, keys, counts, scratch)`: sets counts[h], the candidates head h keeps; they must add up
-/// to heads * (tokens_per_head - protected) exactly and each lie in [0, candidates]. `scratch` has `heads` doubles.
+/// to heads * (tokens_per_head - protected) exactly, or to all candidates where there are fewer, and each lie in
+/// [0, candidates_of(h)]. `scratch` has `heads` doubles.
 ///
 /// `keys` are order keys of the smoothed scores, uint32 for float and uint64 for double, [heads, length]; 0 where a token
-/// is protected or may not be chosen.
+/// is protected or may not be chosen. All numbers are in the problem's units.
 template <class A>
 concept budget_allocator = detail::has_tokens_per_head<A> && detail::has_most_per_head<A> &&
                            detail::allocates_by_keys<A, std::uint32_t> && detail::allocates_by_keys<A, std::uint64_t>;
@@ -110,13 +136,15 @@ template <budget_allocator A>
 }
 
 /// Rounds non-negative shares to integers that add up to `total` exactly: every share is rounded down, and the units
-/// that are left go to the largest remainders, ties to the smaller index; no share passes `ceiling`. `shares` must
-/// add up to `total` within rounding and `total` be at most shares.size() * ceiling. Cost: O(n^2) in the number
-/// of shares, which are heads or layers. A share that is not finite counts as 0.
-inline void round_to_total(std::span<const double> shares, index_t total, index_t ceiling,
-                           std::span<index_t> counts) noexcept {
+/// that are left go to the largest remainders, ties to the smaller index; share i does not pass `ceiling(i)`. `shares`
+/// must add up to `total` within rounding and `total` be at most the sum of the ceilings. Cost: O(n^2) in the number
+/// of shares, which are heads or layers, and O(n) for each unit that a ceiling cuts off. A share that is not finite
+/// counts as 0.
+template <std::invocable<std::size_t> Ceiling>
+void round_to_total(std::span<const double> shares, index_t total, const Ceiling& ceiling,
+                    std::span<index_t> counts) noexcept {
   const auto share = [&](std::size_t i) {
-    return std::isfinite(shares[i]) ? std::clamp(shares[i], 0.0, static_cast<double>(ceiling)) : 0.0;
+    return std::isfinite(shares[i]) ? std::clamp(shares[i], 0.0, static_cast<double>(ceiling(i))) : 0.0;
   };
   index_t given = 0;
   for (std::size_t i = 0; i < shares.size(); ++i) {
@@ -130,17 +158,30 @@ inline void round_to_total(std::span<const double> shares, index_t total, index_
     double best_remainder = 0;
     for (std::size_t i = 0; i < shares.size(); ++i) {
       const double remainder = share(i) - static_cast<double>(counts[i]);
-      if (given < total ? counts[i] >= ceiling : counts[i] <= 0) continue;
+      if (given < total ? counts[i] >= ceiling(i) : counts[i] <= 0) continue;
       const bool better = given < total ? remainder > best_remainder : remainder < best_remainder;
       if (best == shares.size() || better) {
         best = i;
         best_remainder = remainder;
       }
     }
-    if (best == shares.size()) return;  // total lies outside [0, size * ceiling]: nothing can be moved
+    if (best == shares.size()) return;  // total lies outside [0, sum of ceilings]: nothing can be moved
     const index_t step = given < total ? 1 : -1;
     counts[best] += step;
     given += step;
+  }
+}
+
+/// The same with one ceiling for all shares.
+inline void round_to_total(std::span<const double> shares, index_t total, index_t ceiling,
+                           std::span<index_t> counts) noexcept {
+  round_to_total(shares, total, [ceiling](std::size_t) { return ceiling; }, counts);
+}
+
+/// The same number for each head, as far as it has candidates.
+inline void fill_counts(const budget_problem& problem, index_t chosen, std::span<index_t> counts) noexcept {
+  for (std::size_t h = 0; h < counts.size(); ++h) {
+    counts[h] = std::min(chosen, problem.candidates_of(static_cast<index_t>(h)));
   }
 }
 

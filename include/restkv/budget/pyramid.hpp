@@ -25,7 +25,7 @@ struct pyramid {
   /// See `budget_allocator`.
   [[nodiscard]] index_t tokens_per_head(const budget_problem& problem) const noexcept {
     const index_t fixed = problem.protected_tokens();
-    const index_t wanted = budget.of(problem.length);
+    const index_t wanted = budget.of(problem);
     return wanted < fixed ? wanted : fixed + chosen(problem);
   }
   /// A shorter sequence has a flatter ramp. An upper layer then gets more than here, but no more than the mean, apart
@@ -40,7 +40,7 @@ struct pyramid {
   template <std::unsigned_integral Key>
   void allocate(const budget_problem& problem, tensor_view<const Key, 2>, std::span<index_t> counts,
                 std::span<double>) const noexcept {
-    std::fill(counts.begin(), counts.end(), chosen_per_head(*this, problem));
+    fill_counts(problem, chosen_per_head(*this, problem), counts);
   }
   ///@}
 
@@ -55,7 +55,7 @@ struct pyramid {
  private:
   /// Mean over the layers.
   [[nodiscard]] index_t mean_chosen(const budget_problem& problem) const noexcept {
-    return std::clamp<index_t>(budget.of(problem.length) - problem.protected_tokens(), 0, problem.candidates);
+    return std::clamp<index_t>(budget.of(problem) - problem.protected_tokens(), 0, problem.candidates);
   }
 
   [[nodiscard]] index_t chosen(const budget_problem& problem) const noexcept {

@@ -14,15 +14,15 @@ struct uniform {
   ///@{
   /// See `budget_allocator`.
   [[nodiscard]] index_t tokens_per_head(const budget_problem& problem) const noexcept {
-    return budget.of(problem.length);
+    return budget.of(problem);
   }
-  [[nodiscard]] index_t most_per_head(const budget_problem& problem) const noexcept { return budget.of(problem.length); }
+  [[nodiscard]] index_t most_per_head(const budget_problem& problem) const noexcept { return budget.of(problem); }
   [[nodiscard]] constexpr index_t deciding_keys(const budget_problem&) const noexcept { return 0; }
 
   template <std::unsigned_integral Key>
   void allocate(const budget_problem& problem, tensor_view<const Key, 2>, std::span<index_t> counts,
                 std::span<double>) const noexcept {
-    std::fill(counts.begin(), counts.end(), chosen_per_head(*this, problem));
+    fill_counts(problem, chosen_per_head(*this, problem), counts);
   }
   ///@}
   /// Fails on a bad budget.

@@ -45,6 +45,9 @@ struct layer_view {
   output_metric_view metric{};                     ///< from W_O; needed by scores in the projection metric
   tensor_view<const std::int32_t, 1> lengths{};    ///< [batch]; optional, all tokens where missing
   padding pad = padding::left;                     ///< matters only where lengths are given
+  /// [batch, kv_heads]; optional, the tokens of each KV head's cache where they differ: a cache that was compacted with
+  /// a budget for each head. Then `lengths` does not act, and `query` always holds the last queries.
+  tensor_view<const std::int32_t, 2> head_lengths{};
   tensor_view<const std::uint8_t, 2> keep_mask{};  ///< [batch, tokens]; optional, non-zero = never evicted
 };
 
@@ -81,25 +84,46 @@ struct sequence_span {
   index_t length = 0;  ///< real tokens
 };
 
-/// Where sequence `batch` lies: by `lengths` and `pad`, the whole token axis without lengths.
+/// Where sequence `batch` lies in the cache of a KV head: by `head_lengths` or `lengths` and by `pad`, the whole token
+/// axis without lengths.
 template <element T, memory_space Space>
-[[nodiscard]] constexpr sequence_span sequence(const layer_view<T, Space>& layer, index_t batch) noexcept {
+[[nodiscard]] constexpr sequence_span sequence(const layer_view<T, Space>& layer, index_t batch,
+                                               index_t kv_head) noexcept {
   const index_t tokens = layer.key.extent(2);
-  if (layer.lengths.data == nullptr) return {0, tokens};
-  const index_t length = layer.lengths(batch);
+  index_t length = tokens;
+  if (layer.head_lengths.data != nullptr) {
+    length = layer.head_lengths(batch, kv_head);
+  } else if (layer.lengths.data != nullptr) {
+    length = layer.lengths(batch);
+  }
   return {layer.pad == padding::left ? tokens - length : 0, length};
+}
+
+/// Tokens that every KV head of sequence `batch` has.
+template <element T, memory_space Space>
+[[nodiscard]] constexpr index_t shortest_head(const layer_view<T, Space>& layer, index_t batch) noexcept {
+  index_t shortest = sequence(layer, batch, 0).length;
+  for (index_t h = 1; h < layer.head_lengths.extent(1); ++h) {
+    shortest = std::min<index_t>(shortest, sequence(layer, batch, h).length);
+  }
+  return shortest;
+}
+
+/// The row of `layer.query` that holds the oldest of a sequence's last `window` queries.
+template <element T, memory_space Space>
+[[nodiscard]] constexpr index_t first_window_row(const layer_view<T, Space>& layer, index_t batch,
+                                                 index_t window) noexcept {
+  const index_t rows = layer.query.extent(2);
+  const bool follows_padding = layer.head_lengths.data == nullptr && layer.lengths.data != nullptr &&
+                               layer.pad == padding::right && rows == layer.key.extent(2);
+  return (follows_padding ? layer.lengths(batch) : rows) - window;
 }
 
 /// The last `window` queries of one sequence and head, oldest first. [window, head_dim]
 template <element T, memory_space Space>
 [[nodiscard]] constexpr tensor_view<const T, 2, Space> window_queries(const layer_view<T, Space>& layer, index_t batch,
                                                                       index_t head, index_t window) noexcept {
-  const index_t rows = layer.query.extent(2);
-  const sequence_span span = sequence(layer, batch);
-  const bool follows_padding = layer.lengths.data != nullptr && layer.pad == padding::right &&
-                               rows == layer.key.extent(2);
-  const index_t last = follows_padding ? span.length : rows;
-  return layer.query[batch][head].slice(0, last - window, window);
+  return layer.query[batch][head].slice(0, first_window_row(layer, batch, window), window);
 }
 
 /// Checks that the tensors of a layer fit each other and the shape; names the first that does not, with both numbers.
@@ -147,6 +171,22 @@ template <element T, memory_space Space>
       }
     }
   }
+  if (layer.head_lengths.data != nullptr) {
+    if (layer.head_lengths.extent(0) != shape.batch) {
+      return mismatch("head_lengths", "sequences", layer.head_lengths.extent(0), shape.batch);
+    }
+    if (layer.head_lengths.extent(1) != shape.kv_heads) {
+      return mismatch("head_lengths", "heads", layer.head_lengths.extent(1), shape.kv_heads);
+    }
+    for (index_t b = 0; b < shape.batch; ++b) {
+      for (index_t h = 0; h < shape.kv_heads; ++h) {
+        if (layer.head_lengths(b, h) >= 0 && layer.head_lengths(b, h) <= tokens) continue;
+        return status::error(errc::invalid_argument, "head %lld of sequence %lld has length %lld, the token axis holds %lld",
+                             static_cast<long long>(h), static_cast<long long>(b),
+                             static_cast<long long>(layer.head_lengths(b, h)), static_cast<long long>(tokens));
+      }
+    }
+  }
   if (needs_query) {
     if (layer.query.data == nullptr && layer.query.size() > 0) {
       return status::error(errc::missing_input, "query has a null pointer and %lld elements",
@@ -160,7 +200,9 @@ template <element T, memory_space Space>
       return mismatch("query", "channels", layer.query.extent(3), shape.head_dim);
     }
     for (index_t b = 0; b < shape.batch; ++b) {
-      const index_t needed = std::min(window, sequence(layer, b).length);
+      index_t longest = 0;
+      for (index_t h = 0; h < shape.kv_heads; ++h) longest = std::max(longest, sequence(layer, b, h).length);
+      const index_t needed = std::min(window, longest);
       if (layer.query.extent(2) < needed) {
         return status::error(errc::shape_mismatch, "query has %lld rows, the observation window needs %lld",
                              static_cast<long long>(layer.query.extent(2)), static_cast<long long>(needed));
@@ -186,6 +228,10 @@ template <element T, memory_space Space>
     RESTKV_RETURN_IF_FAILED(check_part("metric.gram", layer.metric.gram));
     RESTKV_RETURN_IF_FAILED(check_part("metric.factor", layer.metric.factor));
     RESTKV_RETURN_IF_FAILED(check_part("metric.spectrum", layer.metric.spectrum));
+  }
+  if (layer.keep_mask.data != nullptr && layer.head_lengths.data != nullptr) {
+    return status::error(errc::invalid_argument,
+                         "keep_mask names tokens that all heads have: it does not go with head_lengths");
   }
   if (layer.keep_mask.data != nullptr &&
       (layer.keep_mask.extent(0) != shape.batch || layer.keep_mask.extent(1) != tokens)) {

@@ -46,8 +46,8 @@ class reference_backend {
                       tensor_view<double, 3> out) const {
     const index_t group = request.shape.query_heads / request.heads();
     for (index_t b = 0; b < request.shape.batch; ++b) {
-      const index_t past = request.past_of(sequence(layer, b).length);
       for (index_t row = 0; row < request.heads(); ++row) {
+        const index_t past = request.past_of(sequence(layer, b, row * group / request.shape.group()).length);
         for (index_t j = 0; j < group; ++j) {
           const std::vector<double> scores = head_scores(request, layer, b, row * group + j);
           for (index_t n = 0; n < past; ++n) {
@@ -66,11 +66,11 @@ class reference_backend {
   status window_drift(const Request& request, const layer_view<T>& layer, std::span<const index_t> most_attended,
                       scratch<Request>&, tensor_view<double, 2> out) const {
     for (index_t b = 0; b < request.shape.batch; ++b) {
-      const index_t length = sequence(layer, b).length;
-      const index_t window = request.window_of(length);
-      const index_t pairs = window / 2;
-      const index_t chosen = std::min(most_attended[static_cast<std::size_t>(b)], length);
       for (index_t h = 0; h < request.shape.query_heads; ++h) {
+        const index_t length = sequence(layer, b, h / request.shape.group()).length;
+        const index_t window = request.window_of(length);
+        const index_t pairs = window / 2;
+        const index_t chosen = std::min(most_attended[static_cast<std::size_t>(b)], length);
         double drift = 0;
         for (index_t pair = 0; pair < pairs && chosen > 0; ++pair) {
           drift += mean_index(reference::window_attention(layer, b, h, window, pair), chosen) -
@@ -97,21 +97,28 @@ class reference_backend {
     return sum / static_cast<double>(count);
   }
 
-  /// ||x||, or ||W[h] x|| as the root of x^T G[h] x. A square beyond the largest double counts as that.
+  /// <x, y>, or <W[h] x, W[h] y> as x^T G[h] y.
   template <element T>
-  [[nodiscard]] static double norm(const layer_view<T>& layer, metric how, index_t head, const std::vector<double>& x) {
+  [[nodiscard]] static double product(const layer_view<T>& layer, metric how, index_t head,
+                                      const std::vector<double>& x, const std::vector<double>& y) {
     double sum = 0;
     for (index_t r = 0; r < static_cast<index_t>(x.size()); ++r) {
       const double left = x[static_cast<std::size_t>(r)];
       if (how == metric::identity) {
-        sum += left * left;
+        sum += left * y[static_cast<std::size_t>(r)];
         continue;
       }
-      for (index_t c = 0; c < static_cast<index_t>(x.size()); ++c) {
-        sum += left * layer.metric.gram(head, r, c) * x[static_cast<std::size_t>(c)];
+      for (index_t c = 0; c < static_cast<index_t>(y.size()); ++c) {
+        sum += left * layer.metric.gram(head, r, c) * y[static_cast<std::size_t>(c)];
       }
     }
-    return std::sqrt(std::clamp(sum, 0.0, std::numeric_limits<double>::max()));
+    return sum;
+  }
+
+  /// ||x||, or ||W[h] x|| as the root of x^T G[h] x. A square beyond the largest double counts as that.
+  template <element T>
+  [[nodiscard]] static double norm(const layer_view<T>& layer, metric how, index_t head, const std::vector<double>& x) {
+    return std::sqrt(std::clamp(product(layer, how, head, x, x), 0.0, std::numeric_limits<double>::max()));
   }
 
   using vectors = std::vector<std::vector<double>>;
@@ -166,21 +173,42 @@ class reference_backend {
   template <class Request, element T>
   [[nodiscard]] static std::vector<double> head_scores(const Request& request, const layer_view<T>& layer, index_t b,
                                                        index_t head) {
-    const sequence_span span = sequence(layer, b);
-    const index_t window = request.window_of(span.length);
-    const index_t past = span.length - window;
+    using score_t = std::remove_cvref_t<decltype(request.score)>;
+    if constexpr (head_score<score_t>) {
+      const head_view<T> view(layer, request.shape, b, head);
+      std::vector<double> scores(static_cast<std::size_t>(view.length()));
+      std::vector<double> scratch(static_cast<std::size_t>(scratch_size_of(request.score, request.shape)));
+      request.score.score_head(view, std::span<double>(scores), std::span<double>(scratch));
+      return scores;
+    } else {
+      return scores_of_tokens(request, layer, b, head);
+    }
+  }
+
+  template <class Request, element T>
+  [[nodiscard]] static std::vector<double> scores_of_tokens(const Request& request, const layer_view<T>& layer,
+                                                            index_t b, index_t head) {
     const index_t kv_head = head / request.shape.group();
+    const sequence_span span = sequence(layer, b, kv_head);
+    const index_t window = request.window_of(span.length);
+    const index_t past = request.past_of(span.length);
     const metric how = metric_of(request.score);
     constexpr feature needs = decltype(request.score)::needs;
-    constexpr bool uses_output = has(needs, feature::distance | feature::output_norm);
+    constexpr bool uses_output = has(needs, output_features);
 
     vectors values;  // [length][head_dim]
-    if constexpr (needs_values<decltype(request.score)>()) {
+    if constexpr (has(needs, value_features)) {
       for (index_t n = 0; n < span.length; ++n) {
         values.push_back(reference::token_row(layer.value, b, kv_head, span.begin + n));
       }
     }
-    const auto score_one = [&](const output& out, index_t n, double attention, double rest, double output_norm) {
+    std::vector<double> mean_value(static_cast<std::size_t>(request.shape.head_dim));
+    if constexpr (has(needs, feature::mean_distance)) {
+      mean_value = weighted_values(std::vector<double>(values.size(), 1.0 / static_cast<double>(span.length)), values,
+                                   request.shape.head_dim, -1);
+    }
+    const auto score_one = [&](const output& out, index_t n, double attention, double rest, double output_norm,
+                               double logit) {
       token_features<double> f;
       f.position = n;
       f.length = span.length;
@@ -190,11 +218,22 @@ class reference_backend {
       f.attention = attention;
       f.odds = rest > 0 ? attention / rest : std::numeric_limits<double>::max();
       f.output_norm = output_norm;
-      if constexpr (has(needs, feature::distance)) {
-        f.distance = norm(layer, how, head, out.less_value(values, n, rest));
-      }
-      if constexpr (has(needs, feature::value_norm)) {
-        f.value_norm = norm(layer, how, head, values[static_cast<std::size_t>(n)]);
+      f.logit = logit;
+      if constexpr (has(needs, value_features)) {
+        const std::vector<double>& value = values[static_cast<std::size_t>(n)];
+        if constexpr (has(needs, feature::distance)) {
+          f.distance = norm(layer, how, head, out.less_value(values, n, rest));
+        }
+        if constexpr (has(needs, feature::alignment)) f.alignment = product(layer, how, head, out.whole(values), value);
+        if constexpr (has(needs, feature::value_norm)) f.value_norm = norm(layer, how, head, value);
+        if constexpr (has(needs, feature::value_norm_l1)) {
+          for (const double channel : value) f.value_norm_l1 += std::fabs(channel);
+        }
+        if constexpr (has(needs, feature::mean_distance)) {
+          std::vector<double> difference = mean_value;
+          for (std::size_t c = 0; c < difference.size(); ++c) difference[c] -= value[c];
+          f.mean_distance = norm(layer, how, head, difference);
+        }
       }
       if constexpr (has(needs, feature::key_norm)) {
         f.key_norm =
@@ -208,14 +247,22 @@ class reference_backend {
 
     std::vector<double> result(static_cast<std::size_t>(past));
     if (request.window == 0) {  // no queries: one score per token
-      for (index_t n = 0; n < past; ++n) result[static_cast<std::size_t>(n)] = score_one(output_of({}), n, 0, 1, 0);
+      for (index_t n = 0; n < past; ++n) result[static_cast<std::size_t>(n)] = score_one(output_of({}), n, 0, 1, 0, 0);
       return result;
     }
 
     std::vector<reference::attention_row> rows;  // [window]
     for (index_t i = 0; i < window; ++i) rows.push_back(reference::window_attention(layer, b, head, window, i));
+    // Query i sees the tokens before length - window + i + 1. A token is scored by those that see it.
+    const auto first_observer = [&](index_t n) {
+      return static_cast<std::size_t>(std::max<index_t>(0, n - (span.length - window)));
+    };
     std::vector<double> column(static_cast<std::size_t>(window));
-    const auto reduce = [&] { return static_cast<double>(request.temporal(std::span<const double>(column))); };
+    const auto reduce = [&](index_t n, const auto& value_of) {
+      const std::size_t first = first_observer(n);
+      for (std::size_t i = first; i < rows.size(); ++i) column[i] = value_of(i);
+      return static_cast<double>(request.temporal(std::span<const double>(column).subspan(first)));
+    };
 
     if (order_of(request.score) == query_order::before) {
       std::vector<output> outputs;
@@ -225,10 +272,10 @@ class reference_backend {
         norms.push_back(norm(layer, how, head, outputs.back().whole(values)));
       }
       for (index_t n = 0; n < past; ++n) {
-        for (std::size_t i = 0; i < rows.size(); ++i) {
-          column[i] = score_one(outputs[i], n, rows[i].share[static_cast<std::size_t>(n)], rows[i].rest(n), norms[i]);
-        }
-        result[static_cast<std::size_t>(n)] = reduce();
+        const auto at = static_cast<std::size_t>(n);
+        result[at] = reduce(n, [&](std::size_t i) {
+          return score_one(outputs[i], n, rows[i].share[at], rows[i].rest(n), norms[i], rows[i].logit[at]);
+        });
       }
       return result;
     }
@@ -238,16 +285,15 @@ class reference_backend {
     std::vector<double> smoothed(static_cast<std::size_t>(past));
     std::vector<double> rests(static_cast<std::size_t>(past));
     for (index_t n = 0; n < past; ++n) {
-      for (std::size_t i = 0; i < rows.size(); ++i) column[i] = rows[i].share[static_cast<std::size_t>(n)];
-      smoothed[static_cast<std::size_t>(n)] = reduce();
-      for (std::size_t i = 0; i < rows.size(); ++i) column[i] = -rows[i].rest(n);
-      rests[static_cast<std::size_t>(n)] = -reduce();
+      const auto at = static_cast<std::size_t>(n);
+      smoothed[at] = reduce(n, [&](std::size_t i) { return rows[i].share[at]; });
+      rests[at] = -reduce(n, [&](std::size_t i) { return -rows[i].rest(n); });
     }
     const output out = output_of(smoothed);
     const double output_norm = norm(layer, how, head, out.whole(values));
     for (index_t n = 0; n < past; ++n) {
-      const auto i = static_cast<std::size_t>(n);
-      result[i] = score_one(out, n, smoothed[i], rests[i], output_norm);
+      const auto at = static_cast<std::size_t>(n);
+      result[at] = score_one(out, n, smoothed[at], rests[at], output_norm, 0);
     }
     return result;
   }

@@ -29,6 +29,7 @@ template <element T>
 /// including the query's own; 0 beyond. See also `least_rest`.
 struct attention_row {
   std::vector<double> share;  ///< a[n], [length]
+  std::vector<double> logit;  ///< s_n, [tokens the query sees]
   index_t top = 0;            ///< the first token with the largest share
   double top_rest = 0;        ///< 1 - a[top], added up from the other shares
 
@@ -40,9 +41,9 @@ struct attention_row {
 template <element T>
 [[nodiscard]] attention_row window_attention(const layer_view<T>& layer, index_t batch, index_t query_head,
                                              index_t window, index_t i) {
-  const sequence_span span = sequence(layer, batch);
   const index_t group = layer.query.extent(1) / layer.key.extent(1);
   const index_t kv_head = query_head / group;
+  const sequence_span span = sequence(layer, batch, kv_head);
   const index_t head_dim = layer.query.extent(3);
   const auto query = window_queries(layer, batch, query_head, window)[i];
   const index_t visible = span.length - window + i + 1;
@@ -62,6 +63,7 @@ template <element T>
       row.top = n;
     }
   }
+  row.logit.assign(row.share.begin(), row.share.begin() + visible);
   double second = -std::numeric_limits<double>::infinity();
   for (index_t n = 0; n < visible; ++n) {
     if (n != row.top) second = std::max(second, row.share[static_cast<std::size_t>(n)]);

@@ -22,6 +22,10 @@ enum class feature : unsigned {
   output_norm = 1u << 3,  ///< ||o||, or ||W o||
   value_norm = 1u << 4,   ///< ||v_n||, or ||W v_n||
   key_norm = 1u << 5,     ///< ||k_n||
+  logit = 1u << 6,        ///< z = q k / sqrt(d)
+  alignment = 1u << 7,    ///< <o, v_n>, or <W o, W v_n> in the projection metric
+  value_norm_l1 = 1u << 8,  ///< the sum of |v_n[c]| over the channels c, whatever the metric
+  mean_distance = 1u << 9,  ///< as distance, with the mean of the sequence's values in place of the output
 };
 
 /// Both sets together.
@@ -35,8 +39,18 @@ enum class feature : unsigned {
 }
 
 /// The features that come from window queries; a score without any of them needs no queries at all.
-inline constexpr feature window_features =
-    feature::attention | feature::odds | feature::distance | feature::output_norm;
+inline constexpr feature window_features = feature::attention | feature::odds | feature::distance |
+                                           feature::output_norm | feature::logit | feature::alignment;
+
+/// The features that come from the attention output of a query.
+inline constexpr feature output_features = feature::distance | feature::output_norm | feature::alignment;
+
+/// The features that a value takes part in.
+inline constexpr feature value_features =
+    output_features | feature::value_norm | feature::value_norm_l1 | feature::mean_distance;
+
+/// The features that are measured in a metric.
+inline constexpr feature metric_features = output_features | feature::value_norm | feature::mean_distance;
 
 /// The least part of its attention that a query leaves to all tokens but one: where those would get less, they get this
 /// together, in their true proportions. What deleting the one token does to the output depends on the proportions
@@ -48,6 +62,9 @@ enum class query_order {
   before,  ///< score each query's attention, over all tokens, then reduce the scores (the ReST-KV paper)
   after,   ///< reduce the attention rows first, over past tokens, then score once (the ReST-KV release)
 };
+
+/// The longest window of scores that need more of a query than its attention.
+inline constexpr index_t most_window = 1024;
 
 /// In which norm a change of the output is measured.
 enum class metric {
@@ -64,6 +81,10 @@ struct token_features {
   Real output_norm = 0;  ///< see feature::output_norm
   Real value_norm = 0;   ///< see feature::value_norm
   Real key_norm = 0;     ///< see feature::key_norm
+  Real logit = 0;        ///< see feature::logit
+  Real alignment = 0;    ///< see feature::alignment
+  Real value_norm_l1 = 0;  ///< see feature::value_norm_l1
+  Real mean_distance = 0;  ///< see feature::mean_distance
   index_t position = 0;  ///< in its sequence, 0 the oldest
   index_t length = 0;    ///< tokens of its sequence
   index_t batch = 0;     ///< sequence
@@ -85,21 +106,23 @@ concept scores_token_features = requires(const S& score, const token_features<Re
 
 /// A score: `static constexpr feature needs`, and a const call operator from `token_features<Real>` to Real for float
 /// and double. Larger is kept. Optional members: `restkv::query_order order` (default `before`),
-/// `restkv::metric metric_of_distance` (default identity), and `static constexpr bool monotone_in_distance = true`
-/// for a score that is never negative and never falls when only the distance grows, which admits certified pruning.
+/// `restkv::metric metric_of_distance` (default identity), `static constexpr bool monotone_in_distance = true`
+/// for a score that is never negative and never falls when only the distance grows, which admits certified pruning,
+/// and `static constexpr bool scores_window = true` (see `scores_window`), for scores that need of a query nothing but
+/// its attention, odds or logit.
 template <class S>
 concept token_score = detail::has_constant_needs<S> && detail::scores_token_features<S, float> &&
                       detail::scores_token_features<S, double>;
 
 /// `score.order` where the score has one.
-template <token_score S>
+template <class S>
 [[nodiscard]] constexpr query_order order_of(const S& score) noexcept {
   if constexpr (requires { { score.order } -> std::convertible_to<query_order>; }) return score.order;
   return query_order::before;
 }
 
 /// `score.metric_of_distance` where the score has one.
-template <token_score S>
+template <class S>
 [[nodiscard]] constexpr metric metric_of(const S& score) noexcept {
   if constexpr (requires { { score.metric_of_distance } -> std::convertible_to<metric>; }) {
     return score.metric_of_distance;
@@ -108,28 +131,43 @@ template <token_score S>
 }
 
 /// True when the score says that it grows with the distance.
-template <token_score S>
+template <class S>
 [[nodiscard]] constexpr bool monotone_in_distance() noexcept {
   if constexpr (requires { { S::monotone_in_distance } -> std::convertible_to<bool>; }) return S::monotone_in_distance;
   return false;
 }
 
-/// True when the score needs queries, that is, an observation window.
-template <token_score S>
-[[nodiscard]] constexpr bool needs_window() noexcept {
-  return has(S::needs, window_features);
+/// The features a score asks for; none for one that is not a `token_score`.
+template <class S>
+[[nodiscard]] constexpr feature features_of() noexcept {
+  if constexpr (token_score<S>) return S::needs;
+  return feature::none;
 }
 
-/// True when the score needs values.
-template <token_score S>
-[[nodiscard]] constexpr bool needs_values() noexcept {
-  return has(S::needs, feature::distance | feature::output_norm | feature::value_norm);
+/// True when the score needs queries, that is, an observation window.
+template <class S>
+[[nodiscard]] constexpr bool needs_window() noexcept {
+  return has(features_of<S>(), window_features);
+}
+
+/// True when the score is defined for the tokens of the window too, by the queries that see them: they are candidates
+/// like the others, and the window may be as long as the prompt.
+template <class S>
+[[nodiscard]] constexpr bool scores_window() noexcept {
+  if constexpr (requires { { S::scores_window } -> std::convertible_to<bool>; }) return S::scores_window;
+  return false;
+}
+
+/// True when the score needs of a query nothing but what the softmax gives: its window may then be of any length.
+template <class S>
+[[nodiscard]] constexpr bool needs_attention_alone() noexcept {
+  return needs_window<S>() && !has(features_of<S>(), value_features | feature::key_norm);
 }
 
 /// True when this score measures through W_O and a layer must therefore carry its metric.
-template <token_score S>
+template <class S>
 [[nodiscard]] constexpr bool needs_metric(const S& score) noexcept {
-  return needs_values<S>() && metric_of(score) == metric::projection;
+  return has(features_of<S>(), metric_features) && metric_of(score) == metric::projection;
 }
 
 }  // namespace restkv

@@ -16,6 +16,7 @@ namespace restkv::detail {
 /// True when nothing about a policy's parts but the backend's bounds stands in the way of pruning.
 template <class Backend, class Policy>
 inline constexpr bool may_prune = bounding_backend<Backend, score_request_of<Policy>> &&
+                                  !rescores<decltype(Policy::rescoring)> &&
                                   monotone_spatial_smoother<decltype(Policy::spatial)> &&
                                   ranking_budget_allocator<decltype(Policy::budget)>;
 

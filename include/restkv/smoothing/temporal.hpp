@@ -32,6 +32,15 @@ concept linear_temporal_smoother = temporal_smoother<S> && requires(const S& smo
   { smoother.weight(i, i) } -> std::convertible_to<double>;
 };
 
+/// A temporal smoother that takes the rows one by one, whatever their number: a linear one, or one whose
+/// `fold(running, value, first)` gives the value of the rows so far from the value before and the next row. Windows as
+/// long as the prompt need that.
+template <class S>
+concept streaming_temporal_smoother =
+    linear_temporal_smoother<S> || (temporal_smoother<S> && requires(const S& smoother, float value) {
+      { smoother.fold(value, value, true) } -> std::convertible_to<float>;
+    });
+
 template <class S>
 concept monotone_temporal_smoother = temporal_smoother<S> && requires { requires bool(S::monotone); };
 
@@ -120,15 +129,33 @@ struct last {
 /// The largest value over the window's queries; NaN if any is NaN. Not linear.
 struct maximum {
   ///@{
-  /// See `monotone_temporal_smoother`.
+  /// See `monotone_temporal_smoother` and `streaming_temporal_smoother`.
   static constexpr bool monotone = true;
 
   template <std::floating_point Real>
+  [[nodiscard]] constexpr Real fold(Real running, Real value, bool first) const noexcept {
+    return first || value > running || value != value ? value : running;
+  }
+  template <std::floating_point Real>
   [[nodiscard]] constexpr Real operator()(std::span<const Real> rows) const noexcept {
-    if (rows.empty()) return Real(0);
-    Real largest = rows[0];
-    for (const Real value : rows) largest = value > largest || value != value ? value : largest;
+    Real largest = 0;
+    for (std::size_t i = 0; i < rows.size(); ++i) largest = fold(largest, rows[i], i == 0);
     return largest;
+  }
+  ///@}
+};
+
+/// The root of the sum of squares over the window's queries, ||row||_2 (LaProx, arXiv 2605.07234). Not linear.
+struct root_sum_square {
+  ///@{
+  /// See `monotone_temporal_smoother`; it grows with rows that are not negative.
+  static constexpr bool monotone = true;
+
+  template <std::floating_point Real>
+  [[nodiscard]] Real operator()(std::span<const Real> rows) const noexcept {
+    double squares = 0;  // in double, where no square of a float overflows or underflows
+    for (const Real value : rows) squares += static_cast<double>(value) * static_cast<double>(value);
+    return static_cast<Real>(std::sqrt(squares));
   }
   ///@}
 };

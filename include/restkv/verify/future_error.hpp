@@ -87,6 +87,10 @@ template <tensor_backend Backend, element T>
   }
   layer_view<T> whole = prompt;
   std::vector<std::int32_t> lengths;
+  if (prompt.head_lengths.data != nullptr) {
+    return status::error(errc::unsupported,
+                         "the prompt's heads have lengths of their own: future tokens cannot follow all of them");
+  }
   if (prompt.lengths.data != nullptr) {
     for (index_t b = 0; b < prompt.lengths.extent(0); ++b) {
       const index_t length = prompt.lengths(b);

@@ -33,7 +33,7 @@ template <class T>
 /// First token of a sequence and head whose value cannot be verified, or -1.
 template <element T>
 [[nodiscard]] index_t find_bad_value(const layer_view<T>& layer, index_t b, index_t kv_head, double& bad) noexcept {
-  const sequence_span span = sequence(layer, b);
+  const sequence_span span = sequence(layer, b, kv_head);
   for (index_t done = 0; done < span.length;) {
     const auto part = layer.value.from_token(span.begin + done);
     const index_t count = std::min(part.extent(2), span.length - done);
@@ -77,8 +77,8 @@ template <element T>
                          ll(kept.heads()), ll(shape.query_heads));
   }
   for (index_t b = 0; b < shape.batch; ++b) {
-    const sequence_span span = sequence(layer, b);
     for (index_t h = 0; h < kept.heads(); ++h) {
+      const sequence_span span = sequence(layer, b, h * shape.kv_heads / kept.heads());
       const index_t length = kept.lengths(b, h);
       if (length == 0) continue;
       const index_t first = kept.positions(b, h, 0);
@@ -124,7 +124,7 @@ class error_computation {
     made_.projected_ = projected_;
     made_.has_head_projected_ = in_metric_;
     for (index_t b = 0; b < shape_.batch; ++b) {
-      made_.rows_[static_cast<std::size_t>(b)] = std::min(queries, sequence(layer, b).length);
+      made_.rows_[static_cast<std::size_t>(b)] = std::min(queries, shortest_head(layer, b));
     }
   }
 

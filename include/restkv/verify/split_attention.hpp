@@ -125,8 +125,8 @@ class split_attention {
   split_attention(const split_problem<T>& problem, const split_result& result) noexcept
       : p_(problem),
         r_(result),
-        span_(sequence(*problem.layer, problem.batch)),
         kv_head_(problem.query_head / (problem.layer->query.extent(1) / problem.layer->key.extent(1))),
+        span_(sequence(*problem.layer, problem.batch, kv_head_)),
         channels_(problem.layer->key.extent(3)),
         width_(padded_channels(channels_)) {}
 
@@ -409,8 +409,8 @@ class split_attention {
 
   split_problem<T> p_;
   split_result r_;
-  sequence_span span_;
   index_t kv_head_;
+  sequence_span span_;
   index_t channels_;
   index_t width_;
   index_t kept_count_ = 0;

@@ -6,8 +6,10 @@
 #include <restkv/backend/eigen/bounds.hpp>
 #include <restkv/backend/eigen/drift.hpp>
 #include <restkv/backend/eigen/indicator.hpp>
+#include <restkv/backend/eigen/head_scores.hpp>
 #include <restkv/backend/eigen/observation.hpp>
 #include <restkv/backend/eigen/output_metric.hpp>
+#include <restkv/backend/eigen/streaming.hpp>
 #include <restkv/backend/eigen/thread_pool.hpp>
 
 #include <new>
@@ -84,10 +86,14 @@ class eigen_backend {
   template <class Request, element T>
   status token_scores(const Request& request, const layer_view<T>& layer, scratch<Request>& scratch,
                       tensor_view<float, 3> out) const {
-    RESTKV_RETURN_IF_FAILED(observe(request, layer, scratch, false, out));
-    if constexpr (!eigen::needs_of<Request>::local) {
-      return exact_scores(request, layer, scratch, {}, out);
+    if constexpr (eigen::needs_of<Request>::whole_heads) {
+      pool_.run(request.shape.batch * request.heads(), [&](index_t unit, int slot) {
+        eigen::score_heads(request, layer, unit / request.heads(), unit % request.heads(), scratch.slot(slot), out);
+      });
+      return {};
     } else {
+      RESTKV_RETURN_IF_FAILED(observe(request, layer, scratch, false, out));
+      if constexpr (!eigen::needs_of<Request>::local) return exact_scores(request, layer, scratch, {}, out);
       return {};
     }
   }
@@ -117,9 +123,9 @@ class eigen_backend {
     pool_.run(request.shape.batch * request.heads(), [&](index_t unit, int slot) {
       const index_t b = unit / request.heads();
       const index_t row = unit % request.heads();
-      eigen::score_row(request, layer, b, row, sequence(layer, b),
-                       states[b][row].data, scratch.factors, scratch.slot(slot),
-                       scratch.states, out[b][row].data);
+      const index_t kv_head = row * request.shape.kv_heads / request.heads();
+      eigen::score_row(request, layer, b, row, sequence(layer, b, kv_head), states[b][row].data, scratch.factors,
+                       scratch.slot(slot), scratch.states, out[b][row].data);
     });
     return {};
   }
@@ -133,7 +139,8 @@ class eigen_backend {
     } else {
       pool_.run(request.shape.batch * request.shape.query_heads, [&](index_t unit, int slot) {
         const index_t b = unit / request.shape.query_heads;
-        const eigen::head_task<Request> task(request, b, unit % request.shape.query_heads, sequence(layer, b));
+        const index_t head = unit % request.shape.query_heads;
+        const eigen::head_task<Request> task(request, b, head, sequence(layer, b, head / request.shape.group()));
         out(b, task.head) = head_drift(task, layer, most_attended[static_cast<std::size_t>(b)], scratch.slot(slot));
       });
     }
@@ -148,7 +155,7 @@ class eigen_backend {
                  tensor_view<float, 3> out) const {
     using needs = eigen::needs_of<Request>;
     RESTKV_RETURN_IF_FAILED(scratch.factors.prepare(request, layer.metric));
-    if constexpr (needs::window) {
+    if constexpr (needs::window || has(needs::set, feature::mean_distance)) {
       pool_.run(request.shape.batch * request.shape.kv_heads, [&](index_t unit, int slot) {
         const index_t b = unit / request.shape.kv_heads;
         observe_kv_head(request, layer, b, unit % request.shape.kv_heads, tuning_.kept_logits, scratch, scratch.slot(slot),
@@ -163,7 +170,7 @@ class eigen_backend {
                               index_t kept_logits, scratch<Request>& scratch, eigen::tile_buffers& buffers, bool bound,
                               tensor_view<float, 3> out) {
     using needs = eigen::needs_of<Request>;
-    const sequence_span span = sequence(layer, batch);
+    const sequence_span span = sequence(layer, batch, kv_head);
     const index_t group = request.shape.group();
     const bool after = order_of(request.score) == query_order::after;
     const index_t past = request.past_of(span.length);
@@ -172,6 +179,16 @@ class eigen_backend {
     const auto task_of = [&](index_t j) {
       return eigen::head_task<Request>(request, batch, kv_head * group + j, span);
     };
+    if constexpr (has(needs::set, feature::mean_distance)) {
+      eigen::map_mean_values(task_of(0), layer, scratch.factors, buffers, states);
+    }
+    if constexpr (needs::local) {
+      if (eigen::streams(request)) {
+        eigen::stream_window(request, layer, batch, kv_head, span, kept_logits, buffers, out);
+        return;
+      }
+    }
+    if constexpr (!needs::window) return;
     task_of(0).fill_weights(buffers.weights, states.lanes);
     const index_t together = eigen::heads_of_block(group, states.lanes, span.length, kept_logits);
     for (index_t first = 0; first < group; first += together) {

@@ -83,8 +83,12 @@ void bound_heads(const Request& request, const layer_view<T>& layer, index_t bat
           for (index_t lane = 0; lane < lanes; lane += packet_size) {
             pstoreu(buffers.cross + lane, padd(ploadu<packet>(radius + lane), added));
           }
-          bound = score_of_lanes(task, f, buffers.shares + n * lanes, buffers.odds + n * lanes, buffers.cross,
-                                 states.norm + cells, buffers, lanes);
+          bound = score_of_lanes(task, f,
+                                 {.shares = buffers.shares + n * lanes,
+                                  .odds = buffers.odds + n * lanes,
+                                  .distances = buffers.cross,
+                                  .norms = states.norm + cells},
+                                 buffers, lanes);
         }
         row[first + n] = group_fold(request.group, row[first + n], bound, head % heads_of_row == 0);
       }

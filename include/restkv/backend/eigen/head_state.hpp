@@ -16,18 +16,41 @@ namespace restkv::eigen {
 /// What a request's features ask of the backend.
 template <class Request>
 struct needs_of {
-  static constexpr feature set = std::remove_cvref_t<decltype(Request::score)>::needs;
+  using score = std::remove_cvref_t<decltype(Request::score)>;
+  using temporal = std::remove_cvref_t<decltype(Request::temporal)>;
+  static constexpr bool whole_heads = head_score<score>;
+  static constexpr feature set = features_of<score>();
   static constexpr bool window = has(set, window_features);
-  static constexpr bool output = has(set, feature::distance | feature::output_norm);
-  static constexpr bool values = output || has(set, feature::value_norm);
+  static constexpr bool output = has(set, output_features);
+  static constexpr bool values = has(set, value_features);
   /// Scores from attention alone: ready when the attention is, nothing else is read.
-  static constexpr bool local = window && !values && !has(set, feature::key_norm);
-  static constexpr bool linear = linear_temporal_smoother<std::remove_cvref_t<decltype(Request::temporal)>>;
+  static constexpr bool local = needs_attention_alone<score>();
+  static constexpr bool linear = linear_temporal_smoother<temporal>;
   /// Scores that can be bounded without the distances: see `bound_heads`.
-  static constexpr bool boundable = has(set, feature::distance) && !has(set, feature::value_norm | feature::key_norm) &&
-                                    monotone_in_distance<std::remove_cvref_t<decltype(Request::score)>>() &&
-                                    monotone_temporal_smoother<std::remove_cvref_t<decltype(Request::temporal)>>;
+  static constexpr bool boundable =
+      has(set, feature::distance) &&
+      (set | feature::attention | feature::odds | feature::distance | feature::output_norm) ==
+          (feature::attention | feature::odds | feature::distance | feature::output_norm) &&
+      monotone_in_distance<score>() && monotone_temporal_smoother<temporal>;
 };
+
+/// Queries that are observed together where the window is streamed. See `stream_window`.
+inline constexpr index_t streamed_queries = 32;
+
+/// True where the window's queries are taken block by block: it may be as long as the prompt.
+template <class Request>
+[[nodiscard]] constexpr bool streams(const Request& request) noexcept {
+  if constexpr (needs_of<Request>::local) {
+    return scores_window<typename needs_of<Request>::score>() || request.window > most_window;
+  }
+  return false;
+}
+
+/// Queries of a head that are observed together.
+template <class Request>
+[[nodiscard]] constexpr index_t queries_at_once(const Request& request) noexcept {
+  return std::min({request.window, request.shape.tokens, streams(request) ? streamed_queries : request.window});
+}
 
 /// Everything kept per query head between the two halves. Lanes are the window's queries, padded to whole vectors;
 /// channels are padded likewise (`width`).
@@ -48,19 +71,21 @@ struct head_states {
   float* radius = nullptr;      ///< not below ||M (o - centre)||, as image_norm; only where scores are bounded
   float* row = nullptr;       ///< smoothed attention, order `after`: [head][tokens]
   float* row_rest = nullptr;  ///< 1 - row without cancellation, where the smoother is not linear: [head][tokens]
+  float* mean_image = nullptr;  ///< M applied to the mean of the sequence's values: [head][width]
 
   /// Rows of outputs a head has: one per query, or a single one for the smoothed attention.
   index_t outputs = 0;
 
   template <class Request>
   head_states(const Request& request, workspace& space) noexcept
-      : lanes(padded_lanes(std::min(request.window, request.shape.tokens))),
+      : lanes(padded_lanes(queries_at_once(request))),
         width(padded_lanes(request.shape.head_dim)),
         tokens(request.shape.tokens) {
     using needs = needs_of<Request>;
+    const index_t heads = request.shape.batch * request.shape.query_heads;
+    if constexpr (has(needs::set, feature::mean_distance)) mean_image = space.take<float>(heads * width);
     if constexpr (needs::window && !needs::local) {
       const bool after = order_of(request.score) == query_order::after;
-      const index_t heads = request.shape.batch * request.shape.query_heads;
       outputs = after ? 1 : lanes;
       queries = space.take<float>(after ? 0 : heads * request.shape.head_dim * lanes);
       largest = space.take<float>(heads * outputs);
@@ -145,6 +170,11 @@ struct tile_buffers {
   float* weights = nullptr;   ///< temporal weights, [lanes]
   float* scores = nullptr;    ///< [lanes]
   float* folded = nullptr;    ///< [tile_tokens]
+  float* logits = nullptr;    ///< [tile_tokens, lanes], where a score asks for them
+  float* products = nullptr;  ///< <M o, M v>, [tile_tokens, lanes], likewise
+  float* streamed = nullptr;  ///< running scores of a KV head's query heads, [group, tokens]; see `stream_window`
+  float* scratch = nullptr;   ///< of a head score
+  float* head_row = nullptr;  ///< one query head's row of a head score, [tokens]
   index_t* tokens = nullptr;  ///< [tile_tokens]
 
   template <class Request>
@@ -159,6 +189,13 @@ struct tile_buffers {
       odds = space.take<float>(cells);
       cross = space.take<float>(cells);
       weights = space.take<float>(states.lanes);
+      if constexpr (has(needs::set, feature::logit)) logits = space.take<float>(cells);
+      if constexpr (has(needs::set, feature::alignment)) products = space.take<float>(cells);
+      if (streams(request)) streamed = space.take<float>(request.shape.group() * request.shape.tokens);
+    }
+    if constexpr (needs::whole_heads) {
+      scratch = space.take<float>(scratch_size_of(request.score, request.shape));
+      head_row = space.take<float>(scores_query_heads<typename needs::score>() ? request.shape.tokens : 0);
     }
     values = space.take<float>(tile_tokens * states.width);
     keys = space.take<float>(tile_tokens * request.shape.head_dim);

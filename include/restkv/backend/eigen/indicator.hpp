@@ -94,6 +94,8 @@ void score_tile(const head_task<Request>& task, index_t count, const float_rows&
   using namespace Eigen::internal;
   using needs = needs_of<Request>;
   constexpr bool distance = has(needs::set, feature::distance);
+  constexpr bool alignment = has(needs::set, feature::alignment);
+  constexpr bool logit = has(needs::set, feature::logit);
   constexpr bool output_norm = has(needs::set, feature::output_norm);
   const index_t lanes = states.lanes;
   const index_t width = states.width;
@@ -103,6 +105,14 @@ void score_tile(const head_task<Request>& task, index_t count, const float_rows&
     if constexpr (has(needs::set, feature::value_norm)) {
       const float* const image = images.data + n * images.stride;
       f.value_norm = std::sqrt(dot(image, image, width));
+    }
+    if constexpr (has(needs::set, feature::value_norm_l1)) {
+      const float* const value = values.data + n * values.stride;
+      for (index_t c = 0; c < head_dim; ++c) f.value_norm_l1 += std::fabs(value[c]);
+    }
+    if constexpr (has(needs::set, feature::mean_distance)) {
+      f.mean_distance = root(squared_distance(images.data + n * images.stride, states.mean_image + task.state() * width,
+                                              width));
     }
     if constexpr (has(needs::set, feature::key_norm)) {
       float sum = 0;
@@ -140,6 +150,9 @@ void score_tile(const head_task<Request>& task, index_t count, const float_rows&
                                                       width));
         }
         if constexpr (output_norm) f.output_norm = states.norm[cell];
+        if constexpr (alignment) {
+          f.alignment = dot(images.data + n * images.stride, states.image + cell * width, width);
+        }
         deliver(n, finite_score(task.request.score(f)));
       }
       return;
@@ -151,11 +164,15 @@ void score_tile(const head_task<Request>& task, index_t count, const float_rows&
     multiply({keys.data, keys.stride, 1}, count, states.queries + task.state() * head_dim * lanes, lanes, lanes,
              head_dim, buffers.shares, lanes);
     make_tile_finite(buffers.shares, count * lanes);
+    if constexpr (logit) std::copy_n(buffers.shares, count * lanes, buffers.logits);
     shares_of<has(needs::set, feature::odds)>(buffers.shares, lanes, largest, states.scale + cells, lanes, count,
                                               buffers.shares, buffers.odds);
-    if constexpr (distance) {
+    if constexpr (distance || alignment) {
       multiply({images.data, images.stride, 1}, count, states.image + cells * width, lanes, lanes, width,
                buffers.cross, lanes);
+      if constexpr (alignment) std::copy_n(buffers.cross, count * lanes, buffers.products);
+    }
+    if constexpr (distance) {
       distances_of_tile(task, count, images, buffers, states);
     }
     if constexpr (has(needs::set, feature::odds) || distance) {
@@ -179,8 +196,13 @@ void score_tile(const head_task<Request>& task, index_t count, const float_rows&
     for (index_t n = 0; n < count; ++n) {
       auto f = task.features(buffers.tokens[n]);
       token_norms(f, n);
-      deliver(n, score_of_lanes(task, f, buffers.shares + n * lanes, buffers.odds + n * lanes,
-                                buffers.cross + n * lanes, norms, buffers, lanes));
+      const lane_features features{.shares = buffers.shares + n * lanes,
+                                   .odds = buffers.odds + n * lanes,
+                                   .distances = buffers.cross + n * lanes,
+                                   .norms = norms,
+                                   .logits = logit ? buffers.logits + n * lanes : nullptr,
+                                   .alignments = alignment ? buffers.products + n * lanes : nullptr};
+      deliver(n, score_of_lanes(task, f, features, buffers, lanes));
     }
   }
 }

@@ -62,27 +62,45 @@ void for_tiles(index_t tokens, const Body& body) noexcept {
   }
 }
 
-/// One token's score: the score of every query of the window, and their temporal reduction. `shares` to `norms` are
-/// [lanes]; those of features that the score does not ask for are not read. Lanes of buffers.scores beyond the window
-/// must be 0.
+/// One token's features under each query, [lanes]; those that the score does not ask for are not read.
+struct lane_features {
+  const float* shares = nullptr;
+  const float* odds = nullptr;
+  const float* distances = nullptr;
+  const float* norms = nullptr;
+  const float* logits = nullptr;
+  const float* alignments = nullptr;
+};
+
+/// The scores of one token under the queries [first, end), into `scores` [lanes].
 template <class Request>
-[[nodiscard]] EIGEN_ALWAYS_INLINE float score_of_lanes(const head_task<Request>& task, const token_features<float>& token,
-                                                       const float* shares, const float* odds, const float* distances,
-                                                       const float* norms, tile_buffers& buffers,
-                                                       index_t lanes) noexcept {
+EIGEN_ALWAYS_INLINE void score_lanes(const head_task<Request>& task, const token_features<float>& token,
+                                     const lane_features& lanes, index_t first, index_t end, float* scores) noexcept {
   constexpr feature needs = needs_of<Request>::set;
-  // Copies, so that the compiler knows that writing a score does not change them: the loop becomes vector code.
+  // A copy, so that the compiler knows that writing a score does not change it: the loop becomes vector code.
   const auto score = task.request.score;
-  const index_t window = task.window;
-  float* const scores = buffers.scores;
-  for (index_t lane = 0; lane < window; ++lane) {
+  const lane_features at = lanes;
+  for (index_t lane = first; lane < end; ++lane) {
     token_features<float> f = token;
-    f.attention = shares[lane];
-    if constexpr (has(needs, feature::odds)) f.odds = odds[lane];
-    if constexpr (has(needs, feature::distance)) f.distance = distances[lane];
-    if constexpr (has(needs, feature::output_norm)) f.output_norm = norms[lane];
+    f.attention = at.shares[lane];
+    if constexpr (has(needs, feature::odds)) f.odds = at.odds[lane];
+    if constexpr (has(needs, feature::distance)) f.distance = at.distances[lane];
+    if constexpr (has(needs, feature::output_norm)) f.output_norm = at.norms[lane];
+    if constexpr (has(needs, feature::logit)) f.logit = at.logits[lane];
+    if constexpr (has(needs, feature::alignment)) f.alignment = at.alignments[lane];
     scores[lane] = score(f);
   }
+}
+
+/// One token's score: the score of every query of the window, and their temporal reduction. Lanes of buffers.scores
+/// beyond the window must be 0.
+template <class Request>
+[[nodiscard]] EIGEN_ALWAYS_INLINE float score_of_lanes(const head_task<Request>& task, const token_features<float>& token,
+                                                       const lane_features& features, tile_buffers& buffers,
+                                                       index_t lanes) noexcept {
+  const index_t window = task.window;
+  float* const scores = buffers.scores;
+  score_lanes(task, token, features, 0, window, scores);
   const float reduced = task.reduce(scores, buffers.weights, lanes);
   if (reduced == reduced) return finite_score(reduced);
   // Not a number: perhaps for a score that is none or infinite, and has a weight of 0.
@@ -134,7 +152,10 @@ void score_locally(const Request& request, const layer_view<T>& layer, index_t b
           }
           score = finite_score(request.score(f));
         } else {
-          score = score_of_lanes(task, f, shares, buffers.odds + n * lanes, nullptr, nullptr, buffers, lanes);
+          const lane_features features{.shares = shares,
+                                       .odds = buffers.odds + n * lanes,
+                                       .logits = logits + n * block.lanes() + block.lane_of(head)};
+          score = score_of_lanes(task, f, features, buffers, lanes);
         }
         row[first + n] = group_fold(request.group, row[first + n], score, head % heads_of_row == 0);
       }
@@ -261,6 +282,33 @@ void outputs_of_rows(const Request& request, const layer_view<T>& layer, index_t
     multiply<true>({rows + first, states.tokens, 1}, group, values.data, values.stride, states.width, count, others,
                    states.width);
     without_tops([](float& weight, const float& saved) { weight = saved; });
+  }
+}
+
+/// The mean of a KV head's values through the metric of each query head of its group, M v. `first` is the group's first.
+template <class Request, element T>
+void map_mean_values(const head_task<Request>& first, const layer_view<T>& layer, const metric_factors& factors,
+                     tile_buffers& buffers, head_states& states) noexcept {
+  const index_t width = states.width;
+  float* const mean = buffers.vector;
+  float* const tile_sum = buffers.vector + width;
+  std::fill_n(mean, width, 0.0f);
+  for_tiles(first.span.length, [&](index_t, index_t token, index_t count) {
+    const float_rows values =
+        load_tokens(layer.value, first.batch, first.kv_head(), first.span.begin + token, count, width, buffers.values);
+    std::fill_n(tile_sum, width, 0.0f);
+    for (index_t n = 0; n < count; ++n) {
+      for (index_t c = 0; c < width; ++c) tile_sum[c] += values.data[n * values.stride + c];
+    }
+    for (index_t c = 0; c < width; ++c) mean[c] += tile_sum[c] / static_cast<float>(first.span.length);
+  });
+  for (index_t j = 0; j < first.request.shape.group(); ++j) {
+    float* const image = states.mean_image + (first.state() + j) * width;
+    if (needs_metric(first.request.score)) {
+      factors.apply(first.head + j, {mean, width}, 1, image);
+    } else {
+      std::copy_n(mean, width, image);
+    }
   }
 }
 

@@ -1,0 +1,111 @@
+// SPDX-License-Identifier: Apache-2.0
+/// @file
+/// Rescoring: a second look at a head's smoothed scores before tokens are chosen. The `rescorer` concept.
+///
+/// What a score of single tokens cannot say: two-stage choices (CriticalKV), a penalty for keys that repeat each other
+/// (R-KV), a factor that is the same for a whole head (LAVa), the output of the scores themselves (CAOTE over any score).
+#pragma once
+
+#include <restkv/score/head_score.hpp>
+
+#include <concepts>
+#include <span>
+
+namespace restkv {
+
+/// What a rescorer knows of its row besides the head.
+struct rescoring_context {
+  index_t keep = 0;   ///< candidates the head keeps: its own number with `after_budget`, the layer's mean otherwise
+  index_t heads = 1;  ///< query heads whose scores the row holds: head.query_head() is the first
+};
+
+/// The weight of a rescorer that needs none.
+struct no_weight {
+  ///@{
+  /// See `token_score`.
+  static constexpr feature needs = feature::none;
+  template <std::floating_point Real>
+  [[nodiscard]] RESTKV_HD constexpr Real operator()(const token_features<Real>&) const noexcept {
+    return Real(0);
+  }
+  ///@}
+};
+
+namespace detail {
+
+template <class R, class Real>
+concept rescores_rows = requires(const R& rescorer, const head_view<float>& head, const rescoring_context& context,
+                                 std::span<const Real> weights, std::span<Real> row) {
+  rescorer.rescore(head, context, weights, row, row);
+};
+
+template <class R>
+concept has_weight = any_score<decltype(R::weight)>;
+
+}  // namespace detail
+
+/// A rescorer:
+///
+///     template <restkv::element T, std::floating_point Real>
+///     void rescore(const restkv::head_view<T>& head, const restkv::rescoring_context& context,
+///                  std::span<const Real> weights, std::span<Real> scores, std::span<Real> scratch) const noexcept;
+///
+/// replaces the smoothed scores of one row, those of the tokens that scores are defined for, by others. Optional members:
+/// `weight`, a score without queries that the backend evaluates for every token beforehand (mean over the query heads
+/// of the row; `weights` is empty without it); `index_t scratch_size(const problem_shape&) const`; `static constexpr
+/// bool after_budget = true`, for a rescorer that reorders tokens within a head once the heads' budgets were given by
+/// the scores before it; `static constexpr cache_part reads`; `status check() const`.
+template <class R>
+concept rescorer = detail::rescores_rows<R, float> && detail::rescores_rows<R, double>;
+
+/// The scores as they are.
+struct no_rescoring {
+  ///@{
+  /// See `rescorer`.
+  template <element T, std::floating_point Real>
+  constexpr void rescore(const head_view<T>&, const rescoring_context&, std::span<const Real>, std::span<Real>,
+                         std::span<Real>) const noexcept {}
+  ///@}
+};
+
+/// True for a rescorer that does anything.
+template <rescorer R>
+inline constexpr bool rescores = !std::is_same_v<R, no_rescoring>;
+
+/// True for a rescorer that runs once the heads' budgets are known.
+template <rescorer R>
+[[nodiscard]] constexpr bool rescores_after_budget() noexcept {
+  if constexpr (requires { { R::after_budget } -> std::convertible_to<bool>; }) return R::after_budget;
+  return false;
+}
+
+/// The score that a rescorer's weights come from.
+template <rescorer R>
+[[nodiscard]] constexpr auto weight_of(const R& rescoring) noexcept {
+  if constexpr (detail::has_weight<R>) {
+    return rescoring.weight;
+  } else {
+    return no_weight{};
+  }
+}
+
+/// What the rescorer reads of a head's cache by itself.
+template <rescorer R>
+[[nodiscard]] constexpr cache_part parts_of() noexcept {
+  if constexpr (requires { typename std::integral_constant<cache_part, R::reads>; }) return R::reads;
+  return cache_part::none;
+}
+
+/// True when the rescorer reads a head's cache by itself.
+template <rescorer R>
+[[nodiscard]] constexpr bool rescoring_reads_cache() noexcept {
+  return parts_of<R>() != cache_part::none;
+}
+
+/// True when the rescorer reads values, by itself or for its weights.
+template <rescorer R>
+[[nodiscard]] constexpr bool rescoring_needs_values() noexcept {
+  return has(parts_of<R>(), cache_part::values) || needs_values<decltype(weight_of(std::declval<const R&>()))>();
+}
+
+}  // namespace restkv

@@ -1,0 +1,442 @@
+// SPDX-License-Identifier: Apache-2.0
+/// @file
+/// What `select` does, step by step.
+#pragma once
+
+#include <restkv/plan.hpp>
+#include <restkv/selection/pruning.hpp>
+#include <restkv/selection/top_k.hpp>
+
+#include <atomic>
+#include <memory>
+
+namespace restkv {
+
+namespace detail {
+
+/// One selection: the steps of `select`, in the order in which they run, over memory that was carved before.
+template <class Backend, class Policy, class T>
+class selection_run {
+  using real = typename Backend::score_type;
+  using key_t = order_key_t<real>;
+  using request_t = score_request_of<Policy>;
+  using scratch_t = typename Backend::template scratch<request_t>;
+  using rescoring_t = decltype(Policy::rescoring);
+
+ public:
+  selection_run(Backend& backend, const plan<Policy>& plan, const layer_view<T>& layer, const request_t& request,
+                selection_memory<Backend, Policy>& memory, scratch_t& scratch,
+                const selection_details<real>* details) noexcept
+      : backend_(backend), plan_(plan), layer_(layer), request_(request), memory_(memory), scratch_(scratch),
+        details_(details) {}
+
+  /// `weigh()` fills the rescorer's weights.
+  template <class Weigh>
+  [[nodiscard]] status run(const Weigh& weigh, kept_tokens& kept) {
+    count_candidates();
+    RESTKV_RETURN_IF_FAILED(check_budgets());
+    if (details_ != nullptr || anything_to_choose()) {
+      RESTKV_RETURN_IF_FAILED(weigh());
+      RESTKV_RETURN_IF_FAILED(measure_drift());
+      const bool pruned = details_ == nullptr && may_prune_now();
+      if constexpr (may_prune<Backend, Policy>) {
+        if (pruned) RESTKV_RETURN_IF_FAILED(backend_.score_bounds(request_, layer_, scratch_, memory_.score));
+      }
+      if (!pruned) RESTKV_RETURN_IF_FAILED(backend_.token_scores(request_, layer_, scratch_, memory_.score));
+      share();
+      rank(rescores<rescoring_t> && !rescores_after_budget<rescoring_t>());
+      allocate();
+      if constexpr (rescores<rescoring_t> && rescores_after_budget<rescoring_t>()) rank(true);
+      if constexpr (may_prune<Backend, Policy>) {
+        while (pruned && want_tokens() > 0) {
+          RESTKV_RETURN_IF_FAILED(backend_.exact_scores(request_, layer_, scratch_, memory_.states, memory_.score));
+          rank(false);
+          allocate();
+        }
+      }
+    } else {
+      // Whatever the scores: every candidate is kept.
+      backend_.parallel_for(rows(), [this](index_t row) { make_keys(row, [](index_t) { return key_t{1}; }); });
+      allocate();
+    }
+    RESTKV_RETURN_IF_FAILED(choose());
+    kept = {memory_.positions, memory_.lengths};
+    return {};
+  }
+
+ private:
+  /// One row of scores: where its tokens lie, and which of them may be evicted. Tokens are counted from the beginning of
+  /// the sequence; units hold `unit` of them.
+  struct row_problem {
+    const layer_view<T>* layer = nullptr;
+    index_t batch = 0;
+    index_t head = 0;  ///< of the plan's rows
+    sequence_span span{};
+    index_t unit = 1;
+    index_t first = 0;  ///< first unit without a sink
+    index_t end = 0;    ///< first unit behind it with a recent token, or that is not full
+
+    [[nodiscard]] index_t units() const noexcept { return (span.length + unit - 1) / unit; }
+    [[nodiscard]] index_t end_of(index_t u) const noexcept { return std::min(span.length, (u + 1) * unit); }
+    [[nodiscard]] bool may_evict(index_t u) const noexcept {
+      if (u < first || u >= end) return false;
+      if (layer->keep_mask.data == nullptr) return true;
+      for (index_t n = u * unit; n < end_of(u); ++n) {
+        if (layer->keep_mask(batch, span.begin + n) != 0) return false;
+      }
+      return true;
+    }
+    [[nodiscard]] index_t count_candidates() const noexcept {
+      if (layer->keep_mask.data == nullptr) return std::max<index_t>(0, end - first);
+      index_t candidates = 0;
+      for (index_t u = first; u < end; ++u) candidates += may_evict(u) ? 1 : 0;
+      return candidates;
+    }
+  };
+
+  /// A sequence as an allocator sees it.
+  struct sequence_problem {
+    budget_problem budget{};
+    index_t units_per_head = 0;  ///< the budget, protected units included
+    [[nodiscard]] bool keeps_all() const noexcept { return budget.length <= units_per_head; }
+  };
+
+  [[nodiscard]] index_t batch() const noexcept { return plan_.shape.batch; }
+  [[nodiscard]] index_t rows() const noexcept { return batch() * plan_.rows; }
+  /// Rows that the backend fills: those of all heads, whether they share a kept set or not.
+  [[nodiscard]] index_t head_row(index_t row) const noexcept {
+    return row / plan_.rows * plan_.heads + row % plan_.rows;
+  }
+  [[nodiscard]] index_t kv_head_of(index_t row) const noexcept {
+    return row % plan_.rows * plan_.shape.kv_heads / plan_.heads;
+  }
+
+  [[nodiscard]] row_problem problem_of(index_t row) const noexcept {
+    row_problem problem;
+    problem.layer = &layer_;
+    problem.batch = row / plan_.rows;
+    problem.head = row % plan_.rows;
+    problem.span = sequence(layer_, problem.batch, kv_head_of(row));
+    problem.unit = plan_.policy.granularity.tokens;
+    const budget_problem units = budget_of_span(plan_.policy, plan_.shape, plan_.rows, problem.span.length);
+    problem.end = std::max<index_t>(0, problem.span.length - plan_.policy.recent()) / problem.unit;
+    problem.first = problem.end - units.candidates;
+    return problem;
+  }
+
+  [[nodiscard]] sequence_problem sequence_of(index_t b) const noexcept {
+    const index_t* const candidates = memory_.candidates + b * plan_.rows;
+    sequence_problem problem;
+    index_t longest = 0;
+    index_t longest_row = 0;
+    for (index_t h = 0; h < plan_.rows; ++h) {
+      const index_t length = sequence(layer_, b, kv_head_of(h)).length;
+      if (length > longest) longest_row = h;
+      longest = std::max(longest, length);
+    }
+    problem.budget = budget_of_span(plan_.policy, plan_.shape, plan_.rows, longest);
+    problem.budget.candidates = candidates[longest_row];
+    if (layer_.head_lengths.data != nullptr) {
+      problem.budget.head_candidates = {candidates, static_cast<std::size_t>(plan_.rows)};
+    }
+    problem.units_per_head = plan_.policy.budget.tokens_per_head(problem.budget);
+    return problem;
+  }
+
+  [[nodiscard]] real* score_row(index_t row) const noexcept {
+    return memory_.score.data + head_row(row) * plan_.shape.tokens;
+  }
+  [[nodiscard]] real* smoothed_row(index_t row) const noexcept {
+    return memory_.smoothed.data + head_row(row) * plan_.shape.tokens;
+  }
+  /// A row's order keys lie where its smoothed scores lay: `make_keys` turns one into the other.
+  [[nodiscard]] key_t* key_row(index_t row) const noexcept { return reinterpret_cast<key_t*>(smoothed_row(row)); }
+  [[nodiscard]] row_context context_of(index_t row) const noexcept { return {memory_.drift.data[head_row(row)]}; }
+
+  void count_candidates() const noexcept {
+    for (index_t row = 0; row < rows(); ++row) memory_.candidates[row] = problem_of(row).count_candidates();
+  }
+
+  /// Fails where a sequence protects more tokens than its budget or the plan's capacity holds, and where heads that are
+  /// to share a kept set have different tokens.
+  [[nodiscard]] status check_budgets() const noexcept {
+    const auto ll = [](index_t n) { return static_cast<long long>(n); };
+    for (index_t b = 0; b < batch(); ++b) {
+      const sequence_problem problem = sequence_of(b);
+      const index_t kept = problem.budget.protected_tokens();
+      const index_t budget = std::min(problem.units_per_head, problem.budget.length);
+      const index_t fixed =
+          budget_of_span(plan_.policy, plan_.shape, plan_.rows, sequence(layer_, b, kv_head_of(0)).length)
+              .protected_tokens();
+      if (budget < kept && kept > fixed) {
+        return status::error(errc::invalid_argument,
+                             "sequence %lld: the budget is %lld %s per head, the mask and window protect %lld", ll(b),
+                             ll(budget), plan_.policy.granularity.tokens == 1 ? "tokens" : "chunks or pages", ll(kept));
+      }
+      for (index_t h = 0; h < plan_.rows; ++h) {
+        const row_problem row = problem_of(b * plan_.rows + h);
+        const index_t tokens = row.span.length - memory_.candidates[b * plan_.rows + h] * row.unit;
+        if (tokens > plan_.capacity) {
+          return status::error(errc::invalid_argument, "sequence %lld protects %lld tokens, the plan's heads keep %lld",
+                               ll(b), ll(tokens), ll(plan_.capacity));
+        }
+      }
+      if (!plan_.policy.granularity.shared) continue;
+      for (index_t h = 1; h < layer_.head_lengths.extent(1); ++h) {
+        if (layer_.head_lengths(b, h) == layer_.head_lengths(b, 0)) continue;
+        return status::error(errc::invalid_argument,
+                             "sequence %lld: head 0 has %lld tokens, head %lld has %lld: heads that share a kept set "
+                             "must have the same",
+                             ll(b), ll(layer_.head_lengths(b, 0)), ll(h), ll(layer_.head_lengths(b, h)));
+      }
+    }
+    return {};
+  }
+
+  [[nodiscard]] bool anything_to_choose() const {
+    for (index_t b = 0; b < batch(); ++b) {
+      if (!sequence_of(b).keeps_all()) return true;
+    }
+    return false;
+  }
+
+  [[nodiscard]] status measure_drift() const {
+    std::fill_n(memory_.drift.data, batch() * plan_.heads, 0.0);
+    if constexpr (needs_drift<decltype(plan_.policy.spatial)>()) {
+      if (!uses_drift(plan_.policy.spatial)) return {};
+      for (index_t b = 0; b < batch(); ++b) {
+        const sequence_problem problem = sequence_of(b);
+        const index_t length = shortest_head(layer_, b);
+        const index_t budget = std::min(problem.units_per_head * plan_.policy.granularity.tokens, length);
+        memory_.counts[b] = std::max<index_t>(0, budget - request_.window_of(length));
+      }
+      RESTKV_RETURN_IF_FAILED(backend_.window_drift(
+          request_, layer_, std::span<const index_t>(memory_.counts, static_cast<std::size_t>(batch())), scratch_,
+          scratch_.drift()));
+      const index_t group = plan_.shape.query_heads / plan_.rows;
+      for (index_t b = 0; b < batch(); ++b) {
+        for (index_t h = 0; h < plan_.rows; ++h) {
+          for (index_t j = 0; j < group; ++j) memory_.drift(b, h) += scratch_.drift()(b, h * group + j);
+          memory_.drift(b, h) /= static_cast<double>(group);
+        }
+      }
+    }
+    return {};
+  }
+
+  /// Not when a smoother's reach is too wide to be certain of, nor when an allocator looks at every key, nor where a key is
+  /// that of several tokens or heads.
+  [[nodiscard]] bool may_prune_now() const noexcept {
+    if constexpr (may_prune<Backend, Policy>) {
+      const granularity& unit = plan_.policy.granularity;
+      if (memory_.states.data == nullptr || unit.tokens > 1 || unit.shared) return false;
+      if (layer_.head_lengths.data != nullptr) return false;  // rows of different lengths
+      for (index_t b = 0; b < batch(); ++b) {
+        const sequence_problem problem = sequence_of(b);
+        const index_t deciding = plan_.policy.budget.deciding_keys(problem.budget);
+        if (!problem.keeps_all() && deciding > plan_.heads * problem.budget.candidates) return false;
+      }
+      for (index_t row = 0; row < rows(); ++row) {
+        const token_reach reach = plan_.policy.spatial.reach(context_of(row));
+        if (reach.last - reach.first >= widest_direct_reach) return false;
+      }
+      std::fill_n(memory_.states.data, memory_.states.size(), token_state::bounded);
+      return true;
+    } else {
+      return false;
+    }
+  }
+
+  /// Reduces the rows of all heads to the first, where heads share a kept set; weights to their mean.
+  void share() const {
+    if (!plan_.policy.granularity.shared) return;
+    backend_.parallel_for(batch(), [this](index_t b) {
+      const index_t past = request_.past_of(sequence(layer_, b, 0).length);
+      real* const row = score_row(b);
+      for (index_t n = 0; n < past; ++n) {
+        real folded = 0;
+        for (index_t h = 0; h < plan_.heads; ++h) {
+          folded = group_fold(request_.group, folded, row[h * plan_.shape.tokens + n], h == 0);
+        }
+        row[n] = group_finish(request_.group, folded, plan_.heads);
+      }
+      if (memory_.weights.data == nullptr) return;
+      real* const weights = memory_.weights[b].data;
+      for (index_t n = 0; n < past; ++n) {
+        for (index_t h = 1; h < plan_.heads; ++h) weights[n] += weights[h * plan_.shape.tokens + n];
+        weights[n] /= static_cast<real>(plan_.heads);
+      }
+    });
+  }
+
+  /// Smooths each row, rescores it where asked, and replaces the result by its order keys.
+  void rank(bool rescore) const {
+    backend_.parallel_for(rows(), [this, rescore](index_t row) {
+      const row_problem problem = problem_of(row);
+      const auto past = static_cast<std::size_t>(request_.past_of(problem.span.length));
+      const real* const scores = score_row(row);
+      real* const smoothed = smoothed_row(row);
+      std::uninitialized_default_construct_n(smoothed, past);  // where keys were: no instruction
+      plan_.policy.spatial(std::span<const real>(scores, past), std::span<real>(smoothed, past), context_of(row));
+      if constexpr (rescores<rescoring_t>) {
+        if (rescore) rescore_row(row, std::span<real>(smoothed, past));
+      }
+      if (details_ != nullptr) describe(problem, scores, smoothed, past);
+      make_keys(row, [&](index_t u) {
+        if (problem.unit == 1) return order_key(smoothed[u]);
+        const auto tokens = static_cast<std::size_t>(problem.unit);
+        return order_key(plan_.policy.granularity(std::span<const real>(smoothed + u * problem.unit, tokens)));
+      });
+    });
+  }
+
+  void rescore_row(index_t row, std::span<real> scores) const noexcept {
+    const sequence_problem sequence = sequence_of(row / plan_.rows);
+    const index_t unit = plan_.policy.granularity.tokens;
+    const index_t heads = plan_.shape.query_heads / plan_.rows;
+    const rescoring_context context{
+        .keep = unit * (rescores_after_budget<rescoring_t>()
+                            ? memory_.counts[row]
+                            : chosen_per_head(plan_.policy.budget, sequence.budget)),
+        .heads = heads};
+    const index_t elements = scratch_size_of(plan_.policy.rescoring, plan_.shape);
+    const head_view<T> head(layer_, plan_.shape, row / plan_.rows, row % plan_.rows * heads);
+    const real* const weights = memory_.weights.data;
+    plan_.policy.rescoring.rescore(
+        head, context,
+        std::span<const real>(weights == nullptr ? nullptr : weights + head_row(row) * plan_.shape.tokens,
+                              weights == nullptr ? 0 : scores.size()),
+        scores, std::span<real>(memory_.rescoring + row * elements, static_cast<std::size_t>(elements)));
+  }
+
+  void describe(const row_problem& problem, const real* scores, const real* smoothed, std::size_t past) const noexcept {
+    const index_t copies = plan_.heads / plan_.rows;
+    for (index_t h = problem.head * copies; h < (problem.head + 1) * copies; ++h) {
+      for (std::size_t n = 0; n < past; ++n) {
+        details_->score(problem.batch, h, n) = scores[n];
+        details_->smoothed(problem.batch, h, n) = smoothed[n];
+      }
+      details_->drift(problem.batch, h) = memory_.drift(problem.batch, problem.head);
+    }
+  }
+
+  /// Key u is written where the score of token u lay, after those of unit u, none of which comes before it, were read.
+  template <class KeyOf>
+  void make_keys(index_t row, const KeyOf& key_of) const noexcept {
+    const row_problem problem = problem_of(row);
+    key_t* const keys = key_row(row);
+    for (index_t u = 0; u < problem.units(); ++u) {
+      std::construct_at(keys + u, problem.may_evict(u) ? key_of(u) : key_t{excluded_key});
+    }
+  }
+
+  /// Budgets, one sequence after the other: heads may compete.
+  void allocate() const noexcept {
+    const auto heads = static_cast<std::size_t>(plan_.rows);
+    for (index_t b = 0; b < batch(); ++b) {
+      const sequence_problem problem = sequence_of(b);
+      const std::span<index_t> counts(memory_.counts + b * plan_.rows, heads);
+      if (problem.keeps_all()) {
+        std::copy_n(memory_.candidates + b * plan_.rows, plan_.rows, counts.begin());
+        continue;
+      }
+      // Heads with fewer tokens than the longest: the rest of their rows is no candidate.
+      for (index_t h = 0; h < plan_.rows && layer_.head_lengths.data != nullptr; ++h) {
+        key_t* const keys = key_row(b * plan_.rows + h);
+        for (index_t u = problem_of(b * plan_.rows + h).units(); u < problem.budget.length; ++u) {
+          std::construct_at(keys + u, key_t{excluded_key});
+        }
+      }
+      const tensor_view<const key_t, 2> keys(key_row(b * plan_.rows), {plan_.rows, problem.budget.length},
+                                             {plan_.shape.tokens, 1});
+      plan_.policy.budget.allocate(problem.budget, keys, counts,
+                                   std::span<double>(memory_.shares + b * plan_.rows, heads));
+    }
+  }
+
+  /// One round of certified pruning: marks the tokens that must be scored next, and returns how many; 0 when the choice
+  /// by `counts` is certain.
+  [[nodiscard]] index_t want_tokens() const {
+    const index_t heads = plan_.heads;
+    backend_.parallel_for(rows(), [this](index_t row) {
+      const index_t length = problem_of(row).span.length;
+      memory_.rows[row] = {key_row(row),
+                           length,
+                           memory_.states.data + row * plan_.shape.tokens,
+                           memory_.settled + row * plan_.shape.tokens,
+                           request_.past_of(length),
+                           plan_.policy.spatial.reach(context_of(row))};
+      memory_.rows[row].settle();
+    });
+    std::atomic<index_t> wanted{0};
+    for (index_t b = 0; b < batch(); ++b) {
+      const sequence_problem problem = sequence_of(b);
+      if (problem.keeps_all()) continue;
+      const pruning_row<key_t>* const first = memory_.rows + b * heads;
+      const auto pivots = find_deciding(std::span(first, static_cast<std::size_t>(heads)),
+                                        plan_.policy.budget.deciding_keys(problem.budget));
+      backend_.parallel_for(heads, [&](index_t h) {
+        wanted += first[h].want(memory_.counts[b * heads + h], pivots.deciding, pivots.enough);
+      });
+    }
+    return wanted;
+  }
+
+  /// The `counts` best units of each row and the protected ones, ascending.
+  [[nodiscard]] status choose() const {
+    RESTKV_RETURN_IF_FAILED(check_counts());
+    backend_.parallel_for(rows(), [&](index_t row) {
+      const row_problem problem = problem_of(row);
+      const index_t count = memory_.counts[row];
+      const key_t* const keys = key_row(row);
+      position_t* const positions = memory_.positions.data + head_row(row) * plan_.capacity;
+      const auto pivot = find_pivot<key_t>(
+          1, problem.units(), [keys](index_t, index_t u) { return keys[u]; }, count);
+      index_t equal_left = pivot.equal;
+      index_t written = 0;
+      for (index_t u = 0; u < problem.units(); ++u) {
+        const key_t key = keys[u];
+        const bool chosen = key == excluded_key || key > pivot.key || (key == pivot.key && equal_left-- > 0);
+        for (index_t n = u * problem.unit; chosen && n < problem.end_of(u); ++n) {
+          positions[written++] = static_cast<position_t>(problem.span.begin + n);
+        }
+      }
+      const index_t copies = plan_.heads / plan_.rows;
+      for (index_t h = 0; h < copies; ++h) {
+        memory_.lengths.data[head_row(row) + h] = static_cast<position_t>(written);
+        if (h > 0) std::copy_n(positions, written, positions + h * plan_.capacity);
+      }
+    });
+    return {};
+  }
+
+  /// Fails where an allocator breaks its promises: what it gave may pass the end of a row.
+  [[nodiscard]] status check_counts() const {
+    for (index_t row = 0; row < rows(); ++row) {
+      const row_problem problem = problem_of(row);
+      const index_t candidates = memory_.candidates[row];
+      const index_t fixed = problem.span.length - candidates * problem.unit;
+      const index_t most = std::min(candidates, (plan_.capacity - fixed) / problem.unit);
+      const index_t count = memory_.counts[row];
+      if (count >= 0 && count <= most) continue;
+      return status::error(errc::invalid_argument,
+                           "the budget allocator gave head %lld of sequence %lld %lld tokens to choose, at most %lld "
+                           "are left",
+                           static_cast<long long>(problem.head), static_cast<long long>(problem.batch),
+                           static_cast<long long>(count), static_cast<long long>(most));
+    }
+    return {};
+  }
+
+  Backend& backend_;
+  const plan<Policy>& plan_;
+  const layer_view<T>& layer_;
+  const request_t& request_;
+  selection_memory<Backend, Policy>& memory_;
+  scratch_t& scratch_;
+  const selection_details<real>* details_;
+};
+
+}  // namespace detail
+
+}  // namespace restkv
