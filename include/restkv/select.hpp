@@ -28,6 +28,9 @@ template <tensor_backend Backend, class Policy, element T>
   RESTKV_RETURN_IF_FAILED(check_layer(layer, plan.shape, request.window, needs_window<score_t>(),
                                       needs_values<score_t>() || rescoring_needs_values<rescoring_t>(),
                                       needs_metric(plan.policy.score) || needs_metric(weight_of(rescoring))));
+  if constexpr (needs_projection<score_t>() || needs_projection<decltype(weight_of(rescoring))>()) {
+    RESTKV_RETURN_IF_FAILED(check_projection(layer, plan.shape));
+  }
   if (details != nullptr) {
     RESTKV_RETURN_IF_FAILED(details->check(plan.shape.batch, plan.heads, layer.key.extent(2)));
   }

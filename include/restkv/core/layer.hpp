@@ -243,4 +243,19 @@ template <element T, memory_space Space>
   return {};
 }
 
+/// Checks the output projection of a layer: there, and as wide as its query heads.
+template <element T, memory_space Space>
+[[nodiscard]] status check_projection(const layer_view<T, Space>& layer, const problem_shape& shape) noexcept {
+  if (layer.projection.data == nullptr) {
+    return status::error(errc::missing_input, "the score measures W_O v in the hidden channels: set layer.projection");
+  }
+  if (layer.projection.extent(1) != shape.query_heads * shape.head_dim) {
+    return status::error(errc::shape_mismatch, "W_O has %lld columns, %lld heads of %lld channels need %lld",
+                         static_cast<long long>(layer.projection.extent(1)), static_cast<long long>(shape.query_heads),
+                         static_cast<long long>(shape.head_dim),
+                         static_cast<long long>(shape.query_heads * shape.head_dim));
+  }
+  return {};
+}
+
 }  // namespace restkv

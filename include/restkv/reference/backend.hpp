@@ -229,6 +229,16 @@ class reference_backend {
         if constexpr (has(needs, feature::value_norm_l1)) {
           for (const double channel : value) f.value_norm_l1 += std::fabs(channel);
         }
+        if constexpr (has(needs, feature::projected_norm_l1)) {
+          const index_t head_dim = request.shape.head_dim;
+          for (index_t r = 0; r < layer.projection.extent(0); ++r) {
+            double image = 0;
+            for (index_t c = 0; c < head_dim; ++c) {
+              image += widen<double>(layer.projection(r, head * head_dim + c)) * value[static_cast<std::size_t>(c)];
+            }
+            f.projected_norm_l1 += std::fabs(image);
+          }
+        }
         if constexpr (has(needs, feature::mean_distance)) {
           std::vector<double> difference = mean_value;
           for (std::size_t c = 0; c < difference.size(); ++c) difference[c] -= value[c];

@@ -17,6 +17,15 @@ namespace restkv {
 struct rescoring_context {
   index_t keep = 0;   ///< candidates the head keeps: its own number with `after_budget`, the layer's mean otherwise
   index_t heads = 1;  ///< query heads whose scores the row holds: head.query_head() is the first
+  index_t protected_tokens = 0;              ///< tokens of the head that are kept whatever their score
+  index_t first = 0;                         ///< first candidate
+  index_t end = 0;                           ///< one behind the last
+  tensor_view<const std::uint8_t, 1> mask{};  ///< keep_mask of the head's tokens; null where there is none
+
+  /// True for a candidate.
+  [[nodiscard]] constexpr bool may_evict(index_t n) const noexcept {
+    return n >= first && n < end && (mask.data == nullptr || mask(n) == 0);
+  }
 };
 
 /// The weight of a rescorer that needs none.

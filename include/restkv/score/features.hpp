@@ -25,6 +25,7 @@ enum class feature : unsigned {
   logit = 1u << 6,        ///< z = q k / sqrt(d)
   alignment = 1u << 7,    ///< <o, v_n>, or <W o, W v_n> in the projection metric
   value_norm_l1 = 1u << 8,  ///< the sum of |v_n[c]| over the channels c, whatever the metric
+  projected_norm_l1 = 1u << 10,  ///< ||W[h] v_n||_1, the sum over the hidden channels; needs layer.projection
   mean_distance = 1u << 9,  ///< as distance, with the mean of the sequence's values in place of the output
 };
 
@@ -47,7 +48,7 @@ inline constexpr feature output_features = feature::distance | feature::output_n
 
 /// The features that a value takes part in.
 inline constexpr feature value_features =
-    output_features | feature::value_norm | feature::value_norm_l1 | feature::mean_distance;
+    output_features | feature::value_norm | feature::value_norm_l1 | feature::mean_distance | feature::projected_norm_l1;
 
 /// The features that are measured in a metric.
 inline constexpr feature metric_features = output_features | feature::value_norm | feature::mean_distance;
@@ -85,6 +86,7 @@ struct token_features {
   Real alignment = 0;    ///< see feature::alignment
   Real value_norm_l1 = 0;  ///< see feature::value_norm_l1
   Real mean_distance = 0;  ///< see feature::mean_distance
+  Real projected_norm_l1 = 0;  ///< see feature::projected_norm_l1
   index_t position = 0;  ///< in its sequence, 0 the oldest
   index_t length = 0;    ///< tokens of its sequence
   index_t batch = 0;     ///< sequence

@@ -124,6 +124,12 @@ template <class S>
   return 0;
 }
 
+/// True when the score needs W_O itself.
+template <class S>
+[[nodiscard]] constexpr bool needs_projection() noexcept {
+  return has(features_of<S>(), feature::projected_norm_l1);
+}
+
 /// True when the score needs values.
 template <class S>
 [[nodiscard]] constexpr bool needs_values() noexcept {

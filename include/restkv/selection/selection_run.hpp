@@ -294,11 +294,18 @@ class selection_run {
     const sequence_problem sequence = sequence_of(row / plan_.rows);
     const index_t unit = plan_.policy.granularity.tokens;
     const index_t heads = plan_.shape.query_heads / plan_.rows;
-    const rescoring_context context{
+    const row_problem problem = problem_of(row);
+    rescoring_context context{
         .keep = unit * (rescores_after_budget<rescoring_t>()
                             ? memory_.counts[row]
                             : chosen_per_head(plan_.policy.budget, sequence.budget)),
-        .heads = heads};
+        .heads = heads,
+        .protected_tokens = problem.span.length - memory_.candidates[row] * unit,
+        .first = problem.first * unit,
+        .end = problem.end * unit};
+    if (layer_.keep_mask.data != nullptr) {
+      context.mask = layer_.keep_mask[problem.batch].slice(0, problem.span.begin, problem.span.length);
+    }
     const index_t elements = scratch_size_of(plan_.policy.rescoring, plan_.shape);
     const head_view<T> head(layer_, plan_.shape, row / plan_.rows, row % plan_.rows * heads);
     const real* const weights = memory_.weights.data;

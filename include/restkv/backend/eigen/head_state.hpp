@@ -34,6 +34,9 @@ struct needs_of {
       monotone_in_distance<score>() && monotone_temporal_smoother<temporal>;
 };
 
+/// Hidden channels that W_O is applied to at a time.
+inline constexpr index_t projection_block = 64;
+
 /// Queries that are observed together where the window is streamed. See `stream_window`.
 inline constexpr index_t streamed_queries = 32;
 
@@ -172,6 +175,9 @@ struct tile_buffers {
   float* folded = nullptr;    ///< [tile_tokens]
   float* logits = nullptr;    ///< [tile_tokens, lanes], where a score asks for them
   float* products = nullptr;  ///< <M o, M v>, [tile_tokens, lanes], likewise
+  float* projection = nullptr;       ///< a block of W[h], transposed, [head_dim, projection_block]
+  float* projected = nullptr;        ///< its product with the tile's values, [tile_tokens, projection_block]
+  float* projected_norm = nullptr;   ///< ||W[h] v||_1, [tile_tokens]
   float* streamed = nullptr;  ///< running scores of a KV head's query heads, [group, tokens]; see `stream_window`
   float* scratch = nullptr;   ///< of a head score
   float* head_row = nullptr;  ///< one query head's row of a head score, [tokens]
@@ -192,6 +198,11 @@ struct tile_buffers {
       if constexpr (has(needs::set, feature::logit)) logits = space.take<float>(cells);
       if constexpr (has(needs::set, feature::alignment)) products = space.take<float>(cells);
       if (streams(request)) streamed = space.take<float>(request.shape.group() * request.shape.tokens);
+    }
+    if constexpr (has(needs::set, feature::projected_norm_l1)) {
+      projection = space.take<float>(request.shape.head_dim * projection_block);
+      projected = space.take<float>(tile_tokens * projection_block);
+      projected_norm = space.take<float>(tile_tokens);
     }
     if constexpr (needs::whole_heads) {
       scratch = space.take<float>(scratch_size_of(request.score, request.shape));

@@ -86,6 +86,35 @@ void distances_of_tile(const head_task<Request>& task, index_t count, const floa
   }
 }
 
+/// buffers.projected_norm[n] = ||W[h] v_n||_1 of the values of a tile: W_O block by block, each transposed once a tile.
+template <element T>
+void projected_norms(const layer_view<T>& layer, index_t head, const float_rows& values, index_t count,
+                     tile_buffers& buffers) noexcept {
+  const index_t head_dim = layer.value.extent(3);
+  const index_t hidden = layer.projection.extent(0);
+  std::fill_n(buffers.projected_norm, count, 0.0f);
+  for (index_t first = 0; first < hidden; first += projection_block) {
+    const index_t channels = std::min(projection_block, hidden - first);
+    std::fill_n(buffers.projection, head_dim * projection_block, 0.0f);
+    for (index_t r = 0; r < channels; ++r) {
+      const auto row = layer.projection[first + r];
+      for (index_t c = 0; c < head_dim; ++c) {
+        buffers.projection[c * projection_block + r] = widen<float>(row(head * head_dim + c));
+      }
+    }
+    multiply({values.data, values.stride, 1}, count, buffers.projection, projection_block, projection_block, head_dim,
+             buffers.projected, projection_block);
+    for (index_t n = 0; n < count; ++n) {
+      const float* const image = buffers.projected + n * projection_block;
+      float sums[8] = {};  // independent, so that they become one vector
+      for (index_t r = 0; r < projection_block; r += 8) {
+        for (index_t i = 0; i < 8; ++i) sums[i] += std::fabs(image[r + i]);
+      }
+      for (const float sum : sums) buffers.projected_norm[n] += sum;
+    }
+  }
+}
+
 /// Scores of `count` tokens (buffers.tokens) of one head, given M v of each (`images`): calls deliver(i, score).
 template <class Request, class Deliver>
 void score_tile(const head_task<Request>& task, index_t count, const float_rows& keys, const float_rows& values,
@@ -110,6 +139,7 @@ void score_tile(const head_task<Request>& task, index_t count, const float_rows&
       const float* const value = values.data + n * values.stride;
       for (index_t c = 0; c < head_dim; ++c) f.value_norm_l1 += std::fabs(value[c]);
     }
+    if constexpr (has(needs::set, feature::projected_norm_l1)) f.projected_norm_l1 = buffers.projected_norm[n];
     if constexpr (has(needs::set, feature::mean_distance)) {
       f.mean_distance = root(squared_distance(images.data + n * images.stride, states.mean_image + task.state() * width,
                                               width));
@@ -246,6 +276,9 @@ void score_row(const Request& request, const layer_view<T>& layer, index_t batch
       if (needs_metric(request.score)) {
         factors.apply(task.head, values, count, buffers.images);
         images = {buffers.images, states.width};
+      }
+      if constexpr (has(needs::set, feature::projected_norm_l1)) {
+        projected_norms(layer, task.head, values, count, buffers);
       }
       score_tile(task, count, keys, values, images, factors, buffers, states, [&](index_t i, float score) {
         buffers.folded[i] = group_fold(request.group, buffers.folded[i], score, j == 0);
