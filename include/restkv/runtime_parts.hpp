@@ -26,16 +26,33 @@ template <class... Parts>
 
 }  // namespace detail
 
-/// A temporal smoother that is a weighted sum of the window's rows.
-struct any_linear_temporal {
-  std::variant<mean, sum, ema, last> choice{};  ///< the part it behaves like
+/// A temporal smoother.
+struct any_temporal {
+  std::variant<mean, sum, ema, last, maximum, root_sum_square> choice{};  ///< the part it behaves like
 
   ///@{
-  /// See `linear_temporal_smoother`; as the choice.
+  /// See `linear_temporal_smoother` and `streaming_temporal_smoother`; as the choice. Weights are 0 where it has none.
   static constexpr bool monotone = true;
 
+  [[nodiscard]] constexpr bool linear() const noexcept {
+    return std::visit([](const auto& part) { return is_linear(part); }, choice);
+  }
   [[nodiscard]] double weight(int i, int count) const noexcept {
-    return std::visit([&](const auto& part) -> double { return part.weight(i, count); }, choice);
+    return std::visit(
+        [&](const auto& part) -> double {
+          if constexpr (requires { part.weight(i, count); }) return part.weight(i, count);
+          return 0.0;
+        },
+        choice);
+  }
+  template <std::floating_point Real>
+  [[nodiscard]] Real fold(Real running, Real value, bool first) const noexcept {
+    return std::visit(
+        [&](const auto& part) -> Real {
+          if constexpr (requires { part.fold(running, value, first); }) return part.fold(running, value, first);
+          return running;
+        },
+        choice);
   }
   template <std::floating_point Real>
   [[nodiscard]] Real operator()(std::span<const Real> rows) const noexcept {
@@ -89,7 +106,7 @@ struct any_budget {
   ///@}
 };
 
-static_assert(linear_temporal_smoother<any_linear_temporal> && std::is_trivially_copyable_v<any_linear_temporal>);
+static_assert(linear_temporal_smoother<any_temporal> && std::is_trivially_copyable_v<any_temporal>);
 static_assert(monotone_spatial_smoother<any_spatial> && std::is_trivially_copyable_v<any_spatial>);
 static_assert(budget_allocator<any_budget> && std::is_trivially_copyable_v<any_budget>);
 

@@ -92,7 +92,7 @@ struct shape_case {
   }
 };
 
-any_linear_temporal temporal_of(index_t turn) {
+any_temporal temporal_of(index_t turn) {
   switch (turn % 4) {
     case 1: return {ema{0.3f}};
     case 2: return {last{}};
@@ -260,5 +260,5 @@ TEST_CASE("a user's score of odds alone keeps the same tokens on both backends")
 }
 
 TEST_CASE("a user's score that needs no queries keeps the same tokens on both backends") {
-  check_tally(walk(4000, 40, norms_only{}, [](index_t) { return any_linear_temporal{}; }));
+  check_tally(walk(4000, 40, norms_only{}, [](index_t) { return any_temporal{}; }));
 }

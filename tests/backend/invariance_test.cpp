@@ -19,7 +19,7 @@ namespace {
 constexpr index_t window = 7;
 
 /// Every primitive in one policy: attention, outputs, distances through W_O, drift, groups.
-eviction_policy<rest_kv, any_linear_temporal, any_spatial, any_budget> make_policy(query_order order) {
+eviction_policy<rest_kv, any_temporal, any_spatial, any_budget> make_policy(query_order order) {
   return {.score = {.order = order, .metric_of_distance = metric::projection},
           .window = window,
           .temporal = {ema{0.3f}},

@@ -117,13 +117,13 @@ TEST_CASE("damaged inputs: both backends keep the same valid set") {
         for (const auto how : {restkv::metric::identity, restkv::metric::projection}) {
           CAPTURE(where.name, bad, int(order), int(how));
           const rest_kv score{.order = order, .metric_of_distance = how};
-          check_damage(layer, score, any_linear_temporal{mean{}});
-          check_damage(layer, score, any_linear_temporal{last{}});
+          check_damage(layer, score, any_temporal{mean{}});
+          check_damage(layer, score, any_temporal{last{}});
           check_damage(layer, score, maximum{});
         }
       }
       CAPTURE(where.name, bad);
-      check_damage(layer, snap_kv{}, any_linear_temporal{});
+      check_damage(layer, snap_kv{}, any_temporal{});
     }
   }
 }
@@ -131,7 +131,7 @@ TEST_CASE("damaged inputs: both backends keep the same valid set") {
 TEST_CASE("a key that is not a number gets no attention and changes nobody else's score") {
   eigen_backend backend;
   const auto order = GENERATE(query_order::before, query_order::after);
-  const auto policy = make_policy(rest_kv{.order = order}, any_linear_temporal{ema{0.3f}}, {});
+  const auto policy = make_policy(rest_kv{.order = order}, any_temporal{ema{0.3f}}, {});
   for (const index_t damaged : {index_t{0}, index_t{40}, index_t{96}, past - 1}) {
     CAPTURE(damaged);
     arranged_layer<float> layer(sizes, 6);
@@ -169,7 +169,7 @@ TEST_CASE("a key that is not a number gets no attention and changes nobody else'
 TEST_CASE("a query that is not a number looks at everything alike") {
   reference_backend reference;
   eigen_backend eigen;
-  const auto policy = make_policy(rest_kv{}, any_linear_temporal{mean{}}, {});
+  const auto policy = make_policy(rest_kv{}, any_temporal{mean{}}, {});
   arranged_layer<float> damaged(sizes, 7);
   const output_metric metric = attach_metric(damaged);
   arranged_layer<float> zero(sizes, 7);
@@ -198,7 +198,7 @@ TEST_CASE("damage stays in its KV head") {
       CAPTURE(where.name, bad);
       arranged_layer<float> layer(sizes, 8);
       const output_metric metric = attach_metric(layer);
-      const auto policy = make_policy(rest_kv{}, any_linear_temporal{}, {});
+      const auto policy = make_policy(rest_kv{}, any_temporal{}, {});
       const auto before = select_tokens(backend, policy, layer.view());
       where.damage(layer, bad);
       const auto after = select_tokens(backend, policy, layer.view());
@@ -214,7 +214,7 @@ TEST_CASE("where every score is NaN the first tokens are kept") {
   eigen_backend backend;
   arranged_layer<float> layer(sizes, 9);
   const output_metric metric = attach_metric(layer);
-  const auto policy = make_policy(rest_kv{}, any_linear_temporal{}, {});
+  const auto policy = make_policy(rest_kv{}, any_temporal{}, {});
   layer.value(0, 1, 77, 0) = not_a_number;
   const auto outcome = select_tokens(backend, policy, layer.view());
   REQUIRE(outcome.result.ok());

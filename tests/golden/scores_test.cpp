@@ -51,7 +51,7 @@ struct golden_case {
     const std::string temporal = settings.value("temporal", "mean");
     const int width = settings.value("kernel", 5);
     const index_t budget = settings.value("budget", 64);
-    eviction_policy<Score, any_linear_temporal, any_spatial, any_budget> made{
+    eviction_policy<Score, any_temporal, any_spatial, any_budget> made{
         .score = score, .window = settings.at("window"), .protect = {.sink = 0, .recent = 0}};
     if (temporal == "ema") made.temporal.choice = ema{.alpha = settings.at("alpha")};
     if (temporal == "sum") made.temporal.choice = sum{};

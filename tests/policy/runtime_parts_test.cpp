@@ -79,7 +79,7 @@ TEST_CASE("a policy of parts chosen at run time keeps what the policy of the sam
   const auto compare = [&](auto temporal, auto spatial, auto budget) {
     const auto fixed = kept_by(backend, policy_of(temporal, spatial, budget), layer.view);
     const auto chosen = kept_by(
-        backend, policy_of(any_linear_temporal{temporal}, any_spatial{spatial}, any_budget{budget}), layer.view);
+        backend, policy_of(any_temporal{temporal}, any_spatial{spatial}, any_budget{budget}), layer.view);
     CHECK(fixed == chosen);
     return fixed;
   };
@@ -108,10 +108,10 @@ TEST_CASE("the drift is computed only for a smoother that uses it") {
 }
 
 TEST_CASE("a part chosen at run time reports the parameters of the part it holds") {
-  CHECK(any_linear_temporal{}.check().ok());
+  CHECK(any_temporal{}.check().ok());
   CHECK(any_spatial{}.check().ok());
   CHECK(any_budget{}.check().ok());
-  CHECK(std::string(any_linear_temporal{ema{.alpha = 2.0f}}.check().message()) ==
+  CHECK(std::string(any_temporal{ema{.alpha = 2.0f}}.check().message()) ==
         "ema.alpha is 2, must be above 0 and at most 1");
   CHECK(std::string(any_spatial{max_pool{.width = 4}}.check().message()) ==
         "max_pool.width is 4, must be odd and at least 1");

@@ -23,7 +23,7 @@ using restkv::tensor_view;
 
 /// One policy type for all combinations of parts, so that `select` is compiled once for each backend and score.
 template <class Score>
-using any_policy = eviction_policy<Score, restkv::any_linear_temporal, restkv::any_spatial, restkv::any_budget>;
+using any_policy = eviction_policy<Score, restkv::any_temporal, restkv::any_spatial, restkv::any_budget>;
 
 /// The memory that a layer's selection_details need, for the tokens of its plan.
 template <class Real>

@@ -110,7 +110,7 @@ void check_random_policies(unsigned seed, int cases) {
 }  // namespace
 
 TEST_CASE("pruning changes no kept set, linear smoothers") {
-  check_random_policies<restkv::any_linear_temporal>(1, 300);
+  check_random_policies<restkv::any_temporal>(1, 300);
 }
 
 TEST_CASE("pruning changes no kept set, the maximum over queries") { check_random_policies<restkv::maximum>(2, 100); }
@@ -194,7 +194,7 @@ TEST_CASE("logits that are computed again give the same kept sets as those that 
     recipe.sharpness = i % 3 == 0 ? 60.0 : 2.0;  // also logits so far apart that shares need a second look
     recipe.padded = i % 2 == 0;
     restkv_test::random_layer<float> layer(random, recipe);
-    const auto policy = random_policy<restkv::any_linear_temporal>(random, recipe.tokens);
+    const auto policy = random_policy<restkv::any_temporal>(random, recipe.tokens);
     restkv::eigen_backend keeps(2);
     restkv::eigen_backend forgets(2, {.kept_logits = i % 4 == 0 ? 0 : 330 * 16});
     const auto a = restkv_test::select_tokens(keeps, policy, layer.view(), i % 2 == 0);

@@ -32,6 +32,13 @@ concept linear_temporal_smoother = temporal_smoother<S> && requires(const S& smo
   { smoother.weight(i, i) } -> std::convertible_to<double>;
 };
 
+/// True where the smoother is a weighted sum: by its type, or by a member `linear()` where that is known at run time only.
+template <temporal_smoother S>
+[[nodiscard]] constexpr bool is_linear(const S& smoother) noexcept {
+  if constexpr (requires { { smoother.linear() } -> std::convertible_to<bool>; }) return smoother.linear();
+  return linear_temporal_smoother<S>;
+}
+
 /// A temporal smoother that takes the rows one by one, whatever their number: a linear one, or one whose
 /// `fold(running, value, first)` gives the value of the rows so far from the value before and the next row. Windows as
 /// long as the prompt need that.
@@ -148,9 +155,14 @@ struct maximum {
 /// The root of the sum of squares over the window's queries, ||row||_2 (LaProx, arXiv 2605.07234). Not linear.
 struct root_sum_square {
   ///@{
-  /// See `monotone_temporal_smoother`; it grows with rows that are not negative.
+  /// See `monotone_temporal_smoother` and `streaming_temporal_smoother`; it grows with rows that are not negative.
   static constexpr bool monotone = true;
 
+  template <std::floating_point Real>
+  [[nodiscard]] Real fold(Real running, Real value, bool first) const noexcept {
+    const double before = first ? 0.0 : static_cast<double>(running);
+    return static_cast<Real>(std::sqrt(before * before + static_cast<double>(value) * static_cast<double>(value)));
+  }
   template <std::floating_point Real>
   [[nodiscard]] Real operator()(std::span<const Real> rows) const noexcept {
     double squares = 0;  // in double, where no square of a float overflows or underflows

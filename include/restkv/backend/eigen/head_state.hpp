@@ -25,6 +25,7 @@ struct needs_of {
   static constexpr bool values = has(set, value_features);
   /// Scores from attention alone: ready when the attention is, nothing else is read.
   static constexpr bool local = needs_attention_alone<score>();
+  /// True where the temporal smoother may be a weighted sum; whether it is, `is_linear` says.
   static constexpr bool linear = linear_temporal_smoother<temporal>;
   /// Scores that can be bounded without the distances: see `bound_heads`.
   static constexpr bool boundable =
@@ -106,7 +107,7 @@ struct head_states {
         radius = space.take<float>(heads * outputs);
       }
       row = space.take<float>(after ? heads * tokens : 0);
-      row_rest = space.take<float>(after && !needs::linear ? heads * tokens : 0);
+      row_rest = space.take<float>(after && !is_linear(request.temporal) ? heads * tokens : 0);
     }
   }
 };
@@ -251,16 +252,14 @@ struct head_task {
 
   /// The temporal reduction of one token's values under the window's queries, zero in the padded lanes.
   [[nodiscard]] float reduce(const float* values, const float* weights, index_t lanes) const noexcept {
-    if constexpr (needs_of<Request>::linear) {
-      return dot(values, weights, lanes);
-    } else {
-      return request.temporal(std::span<const float>(values, static_cast<std::size_t>(window)));
-    }
+    if (is_linear(request.temporal)) return dot(values, weights, lanes);
+    return request.temporal(std::span<const float>(values, static_cast<std::size_t>(window)));
   }
 
   /// What a constant 1 is reduced to: 1, but for a linear smoother whose weights add up to something else.
   [[nodiscard]] float whole() const noexcept {
-    double sum = needs_of<Request>::linear ? 0.0 : 1.0;
+    if (!is_linear(request.temporal)) return 1.0f;
+    double sum = 0;
     if constexpr (needs_of<Request>::linear) {
       for (int i = 0; i < static_cast<int>(window); ++i) sum += request.temporal.weight(i, static_cast<int>(window));
     }

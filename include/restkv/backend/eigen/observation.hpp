@@ -105,7 +105,7 @@ template <class Request>
   if (reduced == reduced) return finite_score(reduced);
   // Not a number: perhaps for a score that is none or infinite, and has a weight of 0.
   for (index_t lane = 0; lane < window; ++lane) {
-    const bool counts = !needs_of<Request>::linear || buffers.weights[lane] != 0.0f;
+    const bool counts = !is_linear(task.request.temporal) || buffers.weights[lane] != 0.0f;
     scores[lane] = counts ? finite_score(scores[lane]) : 0.0f;
   }
   return finite_score(task.reduce(scores, buffers.weights, lanes));
@@ -222,7 +222,7 @@ void smoothed_rows(const Request& request, const layer_view<T>& layer, index_t b
       for (index_t n = 0; n < count; ++n) {
         const float* const shares = buffers.shares + n * lanes;
         states.row[at + n] = task.reduce(shares, buffers.weights, lanes);
-        if constexpr (!needs_of<Request>::linear) {
+        if (states.row_rest != nullptr) {
           states.row_rest[at + n] = smoothed_rest(task, first + n, shares, buffers);
         }
       }
@@ -250,7 +250,7 @@ template <class Request>
   const index_t cell = task.state();
   const index_t at = cell * states.tokens + token;
   float rest = token == states.top[cell] ? states.rest[cell] : whole - states.row[at];
-  if constexpr (!needs_of<Request>::linear) rest = states.row_rest[at];
+  if (states.row_rest != nullptr) rest = states.row_rest[at];
   return std::max(rest, least_rest);
 }
 

@@ -16,20 +16,21 @@ template <class Request>
 [[nodiscard]] float fold_lanes(const Request& request, float running, const float* scores, index_t first, index_t end,
                                index_t rank, index_t count) noexcept {
   if constexpr (needs_of<Request>::linear) {
-    double sum = 0;
-    for (index_t lane = first; lane < end; ++lane) {
-      const double weight = request.temporal.weight(static_cast<int>(rank + lane), static_cast<int>(count));
-      if (weight != 0.0) sum += weight * static_cast<double>(finite_score(scores[lane]));
+    if (is_linear(request.temporal)) {
+      double sum = 0;
+      for (index_t lane = first; lane < end; ++lane) {
+        const double weight = request.temporal.weight(static_cast<int>(rank + lane), static_cast<int>(count));
+        if (weight != 0.0) sum += weight * static_cast<double>(finite_score(scores[lane]));
+      }
+      return running + static_cast<float>(sum);
     }
-    return running + static_cast<float>(sum);
-  } else if constexpr (streaming_temporal_smoother<typename needs_of<Request>::temporal>) {
+  }
+  if constexpr (requires { request.temporal.fold(running, running, true); }) {
     for (index_t lane = first; lane < end; ++lane) {
       running = request.temporal.fold(running, finite_score(scores[lane]), rank + lane == 0);
     }
-    return running;
-  } else {
-    return running;  // refused when planning
   }
+  return running;
 }
 
 /// Scores of one KV head's tokens under all queries of the window, folded over queries and then over query heads.
