@@ -155,6 +155,32 @@ TEMPLATE_TEST_CASE("normalise keeps every promise on scores that are no numbers"
   }
 }
 
+TEMPLATE_TEST_CASE("in a ragged cache the heads with candidates take what the others leave", "", std::uint32_t,
+                   std::uint64_t) {
+  random_engine random(5);
+  index_t all_used = 0;
+  for (int trial = 0; trial < 600; ++trial) {
+    random_problem<TestType> made(random, chance(random, 70) ? score_kind::normal : score_kind::mixed);
+    made.make_ragged(random);
+    const budget_problem& problem = made.problem;
+    ada_kv allocator = random_allocator(random);
+    allocator.budget.tokens *= problem.unit;
+    const auto counts = allocate(allocator, problem, made.view());
+    check_promises(allocator, problem, counts);
+    const index_t base = restkv::chosen_per_head(allocator, problem);
+    const index_t most = allocator.most_per_head(problem) - problem.protected_tokens();
+    index_t room = 0;
+    for (const index_t candidates : made.head_candidates) room += std::min(candidates, most);
+    CAPTURE(trial, base, most, made.head_candidates, counts, allocator.floor);
+    CHECK(std::accumulate(counts.begin(), counts.end(), index_t{0}) == std::min(problem.heads * base, room));
+    all_used += problem.heads * base <= room ? 1 : 0;
+    if (allocator.floor != 0) continue;
+    const auto best = best_by_sorting(made, made.keys, problem.heads * base);
+    if (std::all_of(best.begin(), best.end(), [&](index_t count) { return count <= most; })) CHECK(counts == best);
+  }
+  CHECK(all_used > 300);
+}
+
 TEST_CASE("a plan for the longest sequence holds every shorter one") {
   random_engine random(4);
   for (int trial = 0; trial < 1000; ++trial) check_plan_holds(random, random_allocator(random));

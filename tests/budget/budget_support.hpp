@@ -45,7 +45,8 @@ Real random_score(random_engine& random, score_kind kind) {
 template <class Key>
 struct random_problem {
   budget_problem problem{};
-  std::vector<Key> keys;  // [heads, length]
+  std::vector<Key> keys;                 // [heads, length]
+  std::vector<index_t> head_candidates;  // [heads], where heads differ
 
   random_problem(random_engine& random, score_kind kind) {
     problem.heads = pick(random, 1, 5);
@@ -65,6 +66,24 @@ struct random_problem {
     }
   }
 
+  /// Makes the sequence one of pages, and its cache one that was compacted: some heads lose candidates, as the longest
+  /// does not.
+  void make_ragged(random_engine& random) {
+    problem.unit = pick(random, 1, 4);
+    const index_t longest = pick(random, 0, problem.heads - 1);
+    for (index_t h = 0; h < problem.heads; ++h) {
+      index_t left = problem.candidates;
+      for (index_t n = 0; n < problem.length && h != longest; ++n) {
+        Key& key = keys[static_cast<std::size_t>(h * problem.length + n)];
+        if (key == restkv::excluded_key || !chance(random, 60)) continue;
+        key = restkv::excluded_key;
+        --left;
+      }
+      head_candidates.push_back(left);
+    }
+    problem.head_candidates = head_candidates;
+  }
+
   [[nodiscard]] tensor_view<const Key, 2> view() const { return {keys.data(), {problem.heads, problem.length}}; }
 };
 
@@ -77,19 +96,26 @@ std::vector<index_t> allocate(const Allocator& allocator, const budget_problem& 
   return counts;
 }
 
-/// Every count within [0, candidates], all of them together heads times what tokens_per_head leaves to choose.
+/// Every count within [0, candidates of the head], all of them together what the layer keeps; no more than that where heads
+/// differ.
 template <class Allocator>
 void check_promises(const Allocator& allocator, const budget_problem& problem, const std::vector<index_t>& counts) {
   CAPTURE(problem.heads, problem.length, problem.candidates, problem.layer, problem.layers, counts);
   index_t total = 0;
-  for (const index_t count : counts) {
+  for (std::size_t h = 0; h < counts.size(); ++h) {
+    const index_t count = counts[h];
     CHECK(count >= 0);
-    CHECK(count <= problem.candidates);
+    CHECK(count <= problem.candidates_of(static_cast<index_t>(h)));
     CHECK(problem.protected_tokens() + count <=
           std::max(allocator.most_per_head(problem), problem.protected_tokens()));
     total += count;
   }
-  CHECK(total == problem.heads * restkv::chosen_per_head(allocator, problem));
+  const index_t wanted = restkv::chosen_in_layer(allocator, problem);
+  if (problem.head_candidates.empty()) {
+    CHECK(total == wanted);
+  } else {
+    CHECK(total <= wanted);
+  }
 }
 
 /// A plan is made for the longest sequence without a mask. No shorter or masked one may get more than it reserves.

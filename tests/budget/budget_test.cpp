@@ -151,3 +151,31 @@ TEMPLATE_TEST_CASE("uniform gives every head the same", "", std::uint32_t, std::
     check_plan_holds(random, allocator);
   }
 }
+
+TEST_CASE("budgets are counted in units, rounded down") {
+  budget_problem pages{.heads = 2, .length = 10, .candidates = 8, .unit = 16};
+  CHECK(budget_size(100).of(pages) == 6);
+  CHECK(budget_size(15).of(pages) == 0);
+  CHECK(budget_size(16 * 10).of(pages) == 10);
+  CHECK(budget_size(100'000).of(pages) == 10);
+  CHECK(budget_size::keep_ratio(0.55).of(pages) == 5);
+  CHECK(uniform{100}.tokens_per_head(pages) == 6);
+  CHECK(restkv::chosen_per_head(uniform{100}, pages) == 4);  // 2 pages are protected
+  CHECK(restkv::chosen_in_layer(uniform{100}, pages) == 8);
+}
+
+TEMPLATE_TEST_CASE("uniform in a ragged cache: the same for each head, as far as it has candidates", "", std::uint32_t,
+                   std::uint64_t) {
+  random_engine random(5);
+  for (int trial = 0; trial < 500; ++trial) {
+    random_problem<TestType> made(random, score_kind::mixed);
+    made.make_ragged(random);
+    const budget_problem& problem = made.problem;
+    const uniform allocator{pick(random, 1, 80 * problem.unit)};
+    const auto counts = allocate(allocator, problem, made.view());
+    check_promises(allocator, problem, counts);
+    const index_t share =
+        std::clamp<index_t>(allocator.budget.tokens / problem.unit - problem.protected_tokens(), 0, problem.candidates);
+    for (std::size_t h = 0; h < counts.size(); ++h) CHECK(counts[h] == std::min(share, made.head_candidates[h]));
+  }
+}

@@ -124,6 +124,25 @@ TEMPLATE_TEST_CASE("a pyramid gives every head of a layer the layer's share", ""
   }
 }
 
+TEST_CASE("a pyramid of pages, and of heads that differ") {
+  random_engine random(5);
+  for (int trial = 0; trial < 500; ++trial) {
+    random_problem<std::uint32_t> made(random, score_kind::mixed);
+    made.make_ragged(random);
+    const pyramid allocator =
+        random_pyramid(random, chance(random, 50) ? pyramid_rounding::exact : pyramid_rounding::released);
+    const auto counts = allocate(allocator, made.problem, made.view());
+    check_promises(allocator, made.problem, counts);
+    // In units, the problem is that of a sequence of as many tokens and a budget of as many.
+    pyramid of_units = allocator;
+    if (allocator.budget.ratio == 0) of_units.budget = allocator.budget.tokens / made.problem.unit;
+    budget_problem tokens = made.problem;
+    tokens.unit = 1;
+    const index_t share = restkv::chosen_per_head(of_units, tokens);
+    for (std::size_t h = 0; h < counts.size(); ++h) CHECK(counts[h] == std::min(share, made.head_candidates[h]));
+  }
+}
+
 TEST_CASE("a plan for the longest sequence holds every shorter one") {
   random_engine random(4);
   for (int trial = 0; trial < 2000; ++trial) {

@@ -17,7 +17,8 @@ namespace restkv {
 ///     count[h] (1 - floor) + base floor
 ///
 /// candidates, rounded by largest remainder so that the total is heads * base exactly (the published code rounds each
-/// head on its own and can miss it). Ties at the cut go to the smaller head, then to the smaller position.
+/// head on its own and can miss it). Ties at the cut go to the smaller head, then to the smaller position. Where heads
+/// differ in length, what a head cannot use goes to the others, but no head passes `most_per_head`.
 /// `normalise` first scales head h's scores by (sum of its top `base` scores) / (sum of all its scores).
 struct ada_kv {
   budget_size budget{};    ///< mean over the heads of a layer
@@ -47,7 +48,14 @@ struct ada_kv {
                 std::span<double> scratch) const noexcept {
     using real = std::conditional_t<sizeof(Key) == 4, float, double>;
     const index_t base = chosen_per_head(*this, problem);
-    const index_t total = std::min(problem.heads * base, problem.all_candidates());
+    // A head of a ragged cache may leave more to the others than they were planned for.
+    const index_t most = most_per_head(problem) - problem.protected_tokens();
+    const auto ceiling = [&](std::size_t h) {
+      return std::min(most, problem.candidates_of(static_cast<index_t>(h)));
+    };
+    index_t room = 0;
+    for (std::size_t h = 0; h < counts.size(); ++h) room += ceiling(h);
+    const index_t total = std::min(problem.heads * base, room);
     if (normalise) {
       for (index_t h = 0; h < problem.heads; ++h) {
         scratch[static_cast<std::size_t>(h)] = concentration(keys[h], base);
@@ -69,7 +77,6 @@ struct ada_kv {
     for (std::size_t h = 0; h < counts.size(); ++h) {
       scratch[h] = static_cast<double>(counts[h]) * (1.0 - part) + static_cast<double>(base) * part;
     }
-    const auto ceiling = [&](std::size_t h) { return problem.candidates_of(static_cast<index_t>(h)); };
     round_to_total(scratch.first(counts.size()), total, ceiling, counts);
   }
 

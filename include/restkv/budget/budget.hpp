@@ -110,9 +110,14 @@ concept allocates_by_keys = requires(const A& allocator, const budget_problem& p
 ///
 /// `tokens_per_head(problem)`: the mean number of tokens a head of this layer keeps, protected ones included; what
 /// it returns is clamped to [protected, length]. `most_per_head(problem)`: the largest number one head may get, for
-/// planning. `allocate(problem, keys, counts, scratch)`: sets counts[h], the candidates head h keeps; they must add up
-/// to heads * (tokens_per_head - protected) exactly, or to all candidates where there are fewer, and each lie in
-/// [0, candidates_of(h)]. `scratch` has `heads` doubles.
+/// planning. `allocate(problem, keys, counts, scratch)`: sets counts[h], the candidates head h keeps, each within
+/// [0, candidates_of(h)]; together they are `chosen_in_layer` exactly, where heads do not differ. A head of a ragged
+/// cache with fewer candidates than its share leaves the rest to the others as far as most_per_head allows, or, where
+/// all heads get the same, to nobody; never more in all. `scratch` has `heads` doubles.
+///
+/// An allocator whose heads do not share evenly may have `chosen_in_layer(problem)`, the candidates that all heads
+/// together keep, where that is no multiple of the heads; tokens_per_head is then the mean rounded down. One that reads
+/// a table of the model may have `check(problem)`, a status that says what does not fit; `select` asks for it.
 ///
 /// `keys` are order keys of the smoothed scores, uint32 for float and uint64 for double, [heads, length]; 0 where a token
 /// is protected or may not be chosen. All numbers are in the problem's units.
@@ -133,6 +138,26 @@ template <budget_allocator A>
 [[nodiscard]] index_t chosen_per_head(const A& allocator, const budget_problem& problem) noexcept {
   const index_t tokens = std::min<index_t>(allocator.tokens_per_head(problem), problem.length);
   return std::clamp<index_t>(tokens - problem.protected_tokens(), 0, problem.candidates);
+}
+
+/// Candidates that the heads of a layer keep together: allocator.chosen_in_layer(problem) where it has that, else heads
+/// times `chosen_per_head`; never more than there are.
+template <budget_allocator A>
+[[nodiscard]] index_t chosen_in_layer(const A& allocator, const budget_problem& problem) noexcept {
+  index_t chosen = 0;
+  if constexpr (requires { { allocator.chosen_in_layer(problem) } -> std::convertible_to<index_t>; }) {
+    chosen = allocator.chosen_in_layer(problem);
+  } else {
+    chosen = problem.heads * chosen_per_head(allocator, problem);
+  }
+  return std::clamp<index_t>(chosen, 0, problem.all_candidates());
+}
+
+/// allocator.check(problem) where it has that.
+template <budget_allocator A>
+[[nodiscard]] status check_problem(const A& allocator, const budget_problem& problem) noexcept {
+  if constexpr (requires { { allocator.check(problem) } -> std::same_as<status>; }) return allocator.check(problem);
+  return {};
 }
 
 /// Rounds non-negative shares to integers that add up to `total` exactly: every share is rounded down, and the units
