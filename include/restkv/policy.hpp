@@ -120,6 +120,11 @@ struct eviction_policy {
       return status::error(errc::invalid_argument,
                            "the score looks at logits, which belong to one query each: its order must be before");
     }
+    if (order_of(score) == query_order::after && !is_average(temporal)) {
+      return status::error(errc::invalid_argument,
+                           "the order after smooths attention rows: its temporal smoother must be an average of rows, or "
+                           "one of them");
+    }
     if (!scores_window<Score>() && window <= most_window) return {};
     // The queries are taken block by block.
     if (!streaming_temporal_smoother<Temporal>) {

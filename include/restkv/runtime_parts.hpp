@@ -37,6 +37,9 @@ struct any_temporal {
   [[nodiscard]] constexpr bool linear() const noexcept {
     return std::visit([](const auto& part) { return is_linear(part); }, choice);
   }
+  [[nodiscard]] constexpr bool averages() const noexcept {
+    return std::visit([](const auto& part) { return is_average(part); }, choice);
+  }
   [[nodiscard]] double weight(int i, int count) const noexcept {
     return std::visit(
         [&](const auto& part) -> double {

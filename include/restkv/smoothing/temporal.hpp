@@ -39,6 +39,14 @@ template <temporal_smoother S>
   return linear_temporal_smoother<S>;
 }
 
+/// False for a smoother that does not move with its rows, S(x + c) != S(x) + c: what it makes of attention rows is no
+/// attention, so `query_order::after` does not go with it. Said by a member `averages()`.
+template <temporal_smoother S>
+[[nodiscard]] constexpr bool is_average(const S& smoother) noexcept {
+  if constexpr (requires { { smoother.averages() } -> std::convertible_to<bool>; }) return smoother.averages();
+  return true;
+}
+
 /// A temporal smoother that takes the rows one by one, whatever their number: a linear one, or one whose
 /// `fold(running, value, first)` gives the value of the rows so far from the value before and the next row. Windows as
 /// long as the prompt need that.
@@ -84,6 +92,7 @@ struct sum {
   /// See `linear_temporal_smoother`.
   static constexpr bool monotone = true;
 
+  [[nodiscard]] constexpr bool averages() const noexcept { return false; }
   [[nodiscard]] constexpr double weight(int, int) const noexcept { return 1.0; }
   template <std::floating_point Real>
   [[nodiscard]] constexpr Real operator()(std::span<const Real> rows) const noexcept {
@@ -157,6 +166,8 @@ struct root_sum_square {
   ///@{
   /// See `monotone_temporal_smoother` and `streaming_temporal_smoother`; it grows with rows that are not negative.
   static constexpr bool monotone = true;
+
+  [[nodiscard]] constexpr bool averages() const noexcept { return false; }
 
   template <std::floating_point Real>
   [[nodiscard]] Real fold(Real running, Real value, bool first) const noexcept {
