@@ -90,6 +90,48 @@ TEST_CASE("the exact rounding adds up to the layers' total and stays on the ramp
   }
 }
 
+TEST_CASE("kvpress: the ramp is over the protected tokens too") {
+  const auto kept = [](index_t length, index_t window, index_t layers, double ratio, float beta) {
+    const pyramid allocator{.budget = budget_size::keep_ratio(ratio), .beta = beta, .rounding = pyramid_rounding::kvpress};
+    std::vector<index_t> counts;
+    budget_problem problem{.heads = 1, .length = length, .candidates = length - window, .layers = layers};
+    for (problem.layer = 0; problem.layer < layers; ++problem.layer) {
+      counts.push_back(allocator.tokens_per_head(problem));
+      CHECK(counts.back() <= allocator.most_per_head(problem));
+    }
+    return counts;
+  };
+  // n = 500: least 25, most 975 passes 936: 936 and 64.
+  CHECK(kept(1000, 64, 5, 0.5, 20) == std::vector<index_t>{936, 718, 500, 282, 64});
+  CHECK(kept(1000, 65, 5, 0.5, 20) == std::vector<index_t>{935, 718, 500, 282, 65});
+  // n = 100: least 5 is below the window: uniform.
+  CHECK(kept(1000, 64, 4, 0.1, 20) == std::vector<index_t>{100, 100, 100, 100});
+  // n = 102.5: 51.25 to 153.75, half-way 102.5: to the even number.
+  CHECK(kept(205, 8, 3, 0.5, 2) == std::vector<index_t>{154, 102, 51});
+  CHECK(kept(207, 8, 3, 0.5, 2) == std::vector<index_t>{155, 104, 52});
+
+  random_engine random(6);
+  index_t ramps = 0;
+  for (int trial = 0; trial < 3000; ++trial) {
+    const index_t window = pick(random, 0, 64);
+    const index_t length = window + pick(random, 1, 3000);
+    const index_t layers = pick(random, 2, 60);
+    const double ratio = uniform_real(random, 0.05, 1);
+    const auto beta = static_cast<float>(pick(random, 1, 30));
+    const auto counts = kept(length, window, layers, ratio, beta);
+    index_t total = 0;
+    for (const index_t count : counts) {
+      CHECK(count >= 0);
+      CHECK(count <= length);
+      total += count;
+    }
+    // The mean over the layers is the budget, apart from rounding.
+    CHECK(std::fabs(static_cast<double>(total) / static_cast<double>(layers) - ratio * static_cast<double>(length)) <= 0.51);
+    ramps += counts.front() > counts.back() + 1 ? 1 : 0;
+  }
+  CHECK(ramps > 300);
+}
+
 TEST_CASE("beta 1 is uniform, and the largest beta leaves the last layer nothing") {
   const budget_problem problem{.heads = 2, .length = 1000, .candidates = 968, .layers = 10};
   for (const auto rounding : {pyramid_rounding::exact, pyramid_rounding::released}) {
@@ -146,8 +188,8 @@ TEST_CASE("a pyramid of pages, and of heads that differ") {
 TEST_CASE("a plan for the longest sequence holds every shorter one") {
   random_engine random(4);
   for (int trial = 0; trial < 2000; ++trial) {
-    check_plan_holds(random, random_pyramid(random, chance(random, 50) ? pyramid_rounding::exact
-                                                                       : pyramid_rounding::released));
+    const pyramid_rounding roundings[] = {pyramid_rounding::exact, pyramid_rounding::released, pyramid_rounding::kvpress};
+    check_plan_holds(random, random_pyramid(random, roundings[pick(random, 0, 2)]));
   }
 }
 
