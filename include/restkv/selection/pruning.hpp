@@ -13,9 +13,11 @@
 
 namespace restkv::detail {
 
-/// True when nothing about a policy's parts but the backend's bounds stands in the way of pruning.
+/// True when nothing about a policy's parts but the backend's bounds stands in the way of pruning. Bounds come from
+/// distances: there are none for a score that does not say that it grows with them, nor for one of whole heads.
 template <class Backend, class Policy>
-inline constexpr bool may_prune = bounding_backend<Backend, score_request_of<Policy>> &&
+inline constexpr bool may_prune = monotone_in_distance<decltype(Policy::score)>() &&
+                                  bounding_backend<Backend, score_request_of<Policy>> &&
                                   !rescores<decltype(Policy::rescoring)> &&
                                   monotone_spatial_smoother<decltype(Policy::spatial)> &&
                                   ranking_budget_allocator<decltype(Policy::budget)>;
