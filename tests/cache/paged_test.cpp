@@ -470,6 +470,15 @@ TEST_CASE("compaction of pages fails with nothing changed") {
     d.value = {reinterpret_cast<float*>(d.ids.data()), {5, 2, 4, 0}};
     CHECK(d.compact().ok());  // no channels, no memory
   }
+  SECTION("pages that a plan took are given back") {
+    REQUIRE(d.pool.share(0).ok());
+    d.value.extents = {4, 2, 4, 2};
+    check_error(d.compact(), errc::shape_mismatch, {4, 5});
+    CHECK(d.pool.available() == 2);
+    d.value.extents = {5, 2, 4, 2};
+    CHECK(d.compact().ok());
+    CHECK(d.ids[0] == 3);
+  }
   SECTION("a page size of 0") {
     d.key.extents[2] = 0;
     check_error(d.compact(), errc::invalid_argument, {0, 1}, "page size");
@@ -528,6 +537,15 @@ TEST_CASE("gathering from pages refuses what does not fit") {
   d.lengths[0] = 9;
   check_error(gather(dense), errc::invalid_argument, {9});
   d.lengths[0] = 10;
+  std::vector<page_t> head_ids{0, 1, 2, 3, 4, -1};
+  std::vector<position_t> head_lengths{10, 8};  // tokens that the first head has and the second has not
+  const restkv::page_tables of_heads({head_ids.data(), {1, 2, 3}}, {head_lengths.data(), {1, 2}});
+  const tensor_view<float, 4> one_head(d.key_memory.data(), {5, 1, 4, 3}, {24, 12, 3, 1});
+  check_error(gather_tokens(kept.set(), paged_layout<const float>{one_head, of_heads}, dense), errc::invalid_argument,
+              {1, 8});
+  restkv::page_moves moves;
+  check_error(restkv::compact_pages(d.pool, kept.set(), of_heads, restkv::workspace(d.plan_memory), moves, one_head),
+              errc::invalid_argument, {1, 8});
   check_error(gather(dense_layout<float>{{out.data(), {1, 2, 4, 3}}}), errc::shape_mismatch, {5, 4});
   check_error(gather(dense_layout<float>{{out.data(), {1, 2, 5, 2}}}), errc::shape_mismatch, {3, 2});
   check_error(gather(dense_layout<float>{{d.key_memory.data(), {1, 2, 5, 3}}}), errc::aliasing, {});
