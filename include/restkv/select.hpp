@@ -9,6 +9,45 @@
 
 namespace restkv {
 
+namespace detail {
+
+/// Checks the arguments of a selection, carves its memory and calls use(run, weigh): a `selection_run`, and what fills its
+/// rescorer's weights.
+template <tensor_backend Backend, class Policy, element T, class Use>
+[[nodiscard]] status with_selection_run(Backend& backend, const plan<Policy>& plan, const layer_view<T>& layer,
+                                        workspace& space,
+                                        const selection_details<typename Backend::score_type>* details,
+                                        const Use& use) {
+  using score_t = decltype(plan.policy.score);
+  const auto request = make_score_request(plan.policy, plan.shape);
+  const auto& rescoring = plan.policy.rescoring;
+  using rescoring_t = std::remove_cvref_t<decltype(rescoring)>;
+  constexpr bool attends = rescoring_reads_attention<rescoring_t>();
+  const index_t window = attends ? plan.policy.window : request.window;
+  RESTKV_RETURN_IF_FAILED(check_layer(layer, plan.shape, window, needs_window<score_t>() || attends,
+                                      needs_values<score_t>() || rescoring_needs_values<rescoring_t>(),
+                                      needs_metric(plan.policy.score) || needs_metric(weight_of(rescoring))));
+  if constexpr (needs_projection<score_t>() || needs_projection<decltype(weight_of(rescoring))>()) {
+    RESTKV_RETURN_IF_FAILED(check_projection(layer, plan.shape));
+  }
+  if (details != nullptr) {
+    RESTKV_RETURN_IF_FAILED(details->check(plan.shape.batch, plan.heads, layer.key.extent(2)));
+  }
+  selection_memory<Backend, Policy> memory(backend, plan, space);
+  typename Backend::template scratch<score_request_of<Policy>> scratch(backend, request, space);
+  selection_run<Backend, Policy, T> run(backend, plan, layer, request, memory, scratch, details);
+  if constexpr (rescores<rescoring_t>) {
+    rescoring_inputs<Backend, Policy> inputs(backend, plan.policy, plan.shape, space);
+    RESTKV_RETURN_IF_FAILED(space.check());
+    return use(run, [&] { return inputs.compute(backend, layer, memory); });
+  } else {
+    RESTKV_RETURN_IF_FAILED(space.check());
+    return use(run, [] { return status(); });
+  }
+}
+
+}  // namespace detail
+
 /// Chooses the tokens each head keeps. `kept` points into the workspace afterwards and is valid as long as that is.
 ///
 /// Sequences that fit their budget keep everything. Kept positions ascend; ties go to the smaller position; NaN scores
@@ -21,31 +60,8 @@ template <tensor_backend Backend, class Policy, element T>
 [[nodiscard]] status select(Backend& backend, const plan<Policy>& plan, const layer_view<T>& layer, workspace space,
                             kept_tokens& kept,
                             const selection_details<typename Backend::score_type>* details = nullptr) {
-  using score_t = decltype(plan.policy.score);
-  const auto request = make_score_request(plan.policy, plan.shape);
-  const auto& rescoring = plan.policy.rescoring;
-  using rescoring_t = std::remove_cvref_t<decltype(rescoring)>;
-  RESTKV_RETURN_IF_FAILED(check_layer(layer, plan.shape, request.window, needs_window<score_t>(),
-                                      needs_values<score_t>() || rescoring_needs_values<rescoring_t>(),
-                                      needs_metric(plan.policy.score) || needs_metric(weight_of(rescoring))));
-  if constexpr (needs_projection<score_t>() || needs_projection<decltype(weight_of(rescoring))>()) {
-    RESTKV_RETURN_IF_FAILED(check_projection(layer, plan.shape));
-  }
-  if (details != nullptr) {
-    RESTKV_RETURN_IF_FAILED(details->check(plan.shape.batch, plan.heads, layer.key.extent(2)));
-  }
-  detail::selection_memory<Backend, Policy> memory(backend, plan, space);
-  typename Backend::template scratch<score_request_of<Policy>> scratch(backend, request, space);
-  detail::selection_run<Backend, Policy, T> run(backend, plan, layer, request, memory, scratch, details);
-  if constexpr (detail::has_weight<rescoring_t>) {
-    const auto weights = detail::make_weight_request(plan.policy, plan.shape);
-    typename Backend::template scratch<std::remove_const_t<decltype(weights)>> weight_scratch(backend, weights, space);
-    RESTKV_RETURN_IF_FAILED(space.check());
-    return run.run([&] { return backend.token_scores(weights, layer, weight_scratch, memory.weights); }, kept);
-  } else {
-    RESTKV_RETURN_IF_FAILED(space.check());
-    return run.run([] { return status(); }, kept);
-  }
+  return detail::with_selection_run(backend, plan, layer, space, details,
+                                    [&](auto& run, const auto& weigh) { return run.run(weigh, kept); });
 }
 
 /// A kept set that owns its memory, for callers without a workspace of their own. Movable.

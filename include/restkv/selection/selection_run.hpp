@@ -59,12 +59,35 @@ class selection_run {
       backend_.parallel_for(rows(), [this](index_t row) { make_keys(row, [](index_t) { return key_t{1}; }); });
       allocate();
     }
-    RESTKV_RETURN_IF_FAILED(choose());
+    return choose(memory_.counts, kept);
+  }
+
+  /// The first half of `run` alone, for choices that look beyond the layer or try many sizes: every candidate is scored and
+  /// ranked. A rescorer that wants the heads' budgets gets those of the policy's own.
+  template <class Weigh>
+  [[nodiscard]] status rank_all(const Weigh& weigh) {
+    count_candidates();
+    RESTKV_RETURN_IF_FAILED(check_budgets());
+    RESTKV_RETURN_IF_FAILED(weigh());
+    RESTKV_RETURN_IF_FAILED(measure_drift());
+    RESTKV_RETURN_IF_FAILED(backend_.token_scores(request_, layer_, scratch_, memory_.score));
+    share();
+    rank(rescores<rescoring_t> && !rescores_after_budget<rescoring_t>());
+    if constexpr (rescores<rescoring_t> && rescores_after_budget<rescoring_t>()) {
+      allocate();
+      rank(true);
+    }
+    return {};
+  }
+
+  /// The second half: the `counts` best units of each row [batch * rows] and the protected ones, ascending.
+  [[nodiscard]] status choose(const index_t* counts, kept_tokens& kept) {
+    RESTKV_RETURN_IF_FAILED(check_counts(counts));
+    choose_units(counts);
     kept = {memory_.positions, memory_.lengths};
     return {};
   }
 
- private:
   /// One row of scores: where its tokens lie, and which of them may be evicted. Tokens are counted from the beginning of
   /// the sequence; units hold `unit` of them.
   struct row_problem {
@@ -94,23 +117,9 @@ class selection_run {
     }
   };
 
-  /// A sequence as an allocator sees it.
-  struct sequence_problem {
-    budget_problem budget{};
-    index_t units_per_head = 0;  ///< the budget, protected units included
-    [[nodiscard]] bool keeps_all() const noexcept { return budget.length <= units_per_head; }
-  };
-
-  [[nodiscard]] index_t batch() const noexcept { return plan_.shape.batch; }
+  /// Rows of all sequences.
   [[nodiscard]] index_t rows() const noexcept { return batch() * plan_.rows; }
-  /// Rows that the backend fills: those of all heads, whether they share a kept set or not.
-  [[nodiscard]] index_t head_row(index_t row) const noexcept {
-    return row / plan_.rows * plan_.heads + row % plan_.rows;
-  }
-  [[nodiscard]] index_t kv_head_of(index_t row) const noexcept {
-    return row % plan_.rows * plan_.shape.kv_heads / plan_.heads;
-  }
-
+  /// Where a row's tokens lie; row b * plan.rows + h is that of head h of sequence b.
   [[nodiscard]] row_problem problem_of(index_t row) const noexcept {
     row_problem problem;
     problem.layer = &layer_;
@@ -122,6 +131,31 @@ class selection_run {
     problem.end = std::max<index_t>(0, problem.span.length - plan_.policy.recent()) / problem.unit;
     problem.first = problem.end - units.candidates;
     return problem;
+  }
+  /// The order keys of a row that was ranked, one for each of its units; `excluded_key` where a unit is protected.
+  [[nodiscard]] std::span<const key_t> keys_of(index_t row) const noexcept {
+    return {key_row(row), static_cast<std::size_t>(problem_of(row).units())};
+  }
+  /// Units of a row that may be evicted.
+  [[nodiscard]] index_t candidates_of(index_t row) const noexcept { return memory_.candidates[row]; }
+  /// Room for scores of all heads before the layer is ranked, [batch, heads, tokens].
+  [[nodiscard]] tensor_view<real, 3> score_room() const noexcept { return memory_.score; }
+
+ private:
+  /// A sequence as an allocator sees it.
+  struct sequence_problem {
+    budget_problem budget{};
+    index_t units_per_head = 0;  ///< the budget, protected units included
+    [[nodiscard]] bool keeps_all() const noexcept { return budget.length <= units_per_head; }
+  };
+
+  [[nodiscard]] index_t batch() const noexcept { return plan_.shape.batch; }
+  /// Rows that the backend fills: those of all heads, whether they share a kept set or not.
+  [[nodiscard]] index_t head_row(index_t row) const noexcept {
+    return row / plan_.rows * plan_.heads + row % plan_.rows;
+  }
+  [[nodiscard]] index_t kv_head_of(index_t row) const noexcept {
+    return row % plan_.rows * plan_.shape.kv_heads / plan_.heads;
   }
 
   [[nodiscard]] sequence_problem sequence_of(index_t b) const noexcept {
@@ -163,6 +197,7 @@ class selection_run {
     const auto ll = [](index_t n) { return static_cast<long long>(n); };
     for (index_t b = 0; b < batch(); ++b) {
       const sequence_problem problem = sequence_of(b);
+      RESTKV_RETURN_IF_FAILED(check_problem(plan_.policy.budget, problem.budget));
       const index_t kept = problem.budget.protected_tokens();
       const index_t budget = std::min(problem.units_per_head, problem.budget.length);
       const index_t fixed =
@@ -247,7 +282,8 @@ class selection_run {
     }
   }
 
-  /// Reduces the rows of all heads to the first, where heads share a kept set; weights to their mean.
+  /// Reduces the rows of all heads to the first, where heads share a kept set; a rescorer's weights and attention to
+  /// their means.
   void share() const {
     if (!plan_.policy.granularity.shared) return;
     backend_.parallel_for(batch(), [this](index_t b) {
@@ -260,11 +296,13 @@ class selection_run {
         }
         row[n] = group_finish(request_.group, folded, plan_.heads);
       }
-      if (memory_.weights.data == nullptr) return;
-      real* const weights = memory_.weights[b].data;
-      for (index_t n = 0; n < past; ++n) {
-        for (index_t h = 1; h < plan_.heads; ++h) weights[n] += weights[h * plan_.shape.tokens + n];
-        weights[n] /= static_cast<real>(plan_.heads);
+      for (const tensor_view<real, 3>* rows : {&memory_.weights, &memory_.attention}) {
+        if (rows->data == nullptr) continue;
+        real* const first = (*rows)[b].data;
+        for (index_t n = 0; n < past; ++n) {
+          for (index_t h = 1; h < plan_.heads; ++h) first[n] += first[h * plan_.shape.tokens + n];
+          first[n] /= static_cast<real>(plan_.heads);
+        }
       }
     });
   }
@@ -295,7 +333,14 @@ class selection_run {
     const index_t unit = plan_.policy.granularity.tokens;
     const index_t heads = plan_.shape.query_heads / plan_.rows;
     const row_problem problem = problem_of(row);
-    rescoring_context context{
+    const auto row_of = [&](const tensor_view<real, 3>& rows, index_t tokens) {
+      if (rows.data == nullptr) return std::span<const real>();
+      return std::span<const real>(rows.data + head_row(row) * plan_.shape.tokens, static_cast<std::size_t>(tokens));
+    };
+    const index_t before_window = std::max<index_t>(0, problem.span.length - plan_.policy.window);
+    rescoring_context<real> context{
+        .weights = row_of(memory_.weights, static_cast<index_t>(scores.size())),
+        .attention = row_of(memory_.attention, before_window),
         .keep = unit * (rescores_after_budget<rescoring_t>()
                             ? memory_.counts[row]
                             : chosen_per_head(plan_.policy.budget, sequence.budget)),
@@ -308,12 +353,9 @@ class selection_run {
     }
     const index_t elements = scratch_size_of(plan_.policy.rescoring, plan_.shape);
     const head_view<T> head(layer_, plan_.shape, row / plan_.rows, row % plan_.rows * heads);
-    const real* const weights = memory_.weights.data;
     plan_.policy.rescoring.rescore(
-        head, context,
-        std::span<const real>(weights == nullptr ? nullptr : weights + head_row(row) * plan_.shape.tokens,
-                              weights == nullptr ? 0 : scores.size()),
-        scores, std::span<real>(memory_.rescoring + row * elements, static_cast<std::size_t>(elements)));
+        head, context, scores,
+        std::span<real>(memory_.rescoring + row * elements, static_cast<std::size_t>(elements)));
   }
 
   void describe(const row_problem& problem, const real* scores, const real* smoothed, std::size_t past) const noexcept {
@@ -389,12 +431,11 @@ class selection_run {
     return wanted;
   }
 
-  /// The `counts` best units of each row and the protected ones, ascending.
-  [[nodiscard]] status choose() const {
-    RESTKV_RETURN_IF_FAILED(check_counts());
+  /// See `choose`.
+  void choose_units(const index_t* counts) const {
     backend_.parallel_for(rows(), [&](index_t row) {
       const row_problem problem = problem_of(row);
-      const index_t count = memory_.counts[row];
+      const index_t count = counts[row];
       const key_t* const keys = key_row(row);
       position_t* const positions = memory_.positions.data + head_row(row) * plan_.capacity;
       const auto pivot = find_pivot<key_t>(
@@ -414,17 +455,16 @@ class selection_run {
         if (h > 0) std::copy_n(positions, written, positions + h * plan_.capacity);
       }
     });
-    return {};
   }
 
   /// Fails where an allocator breaks its promises: what it gave may pass the end of a row.
-  [[nodiscard]] status check_counts() const {
+  [[nodiscard]] status check_counts(const index_t* counts) const {
     for (index_t row = 0; row < rows(); ++row) {
       const row_problem problem = problem_of(row);
       const index_t candidates = memory_.candidates[row];
       const index_t fixed = problem.span.length - candidates * problem.unit;
       const index_t most = std::min(candidates, (plan_.capacity - fixed) / problem.unit);
-      const index_t count = memory_.counts[row];
+      const index_t count = counts[row];
       if (count >= 0 && count <= most) continue;
       return status::error(errc::invalid_argument,
                            "the budget allocator gave head %lld of sequence %lld %lld tokens to choose, at most %lld "
