@@ -83,6 +83,68 @@ template <class Policy>
       policy.group == group_reduce::none ? group_reduce::none : group_reduce::mean, shape};
 }
 
+/// What the attention is asked for with that a rescorer looks at.
+template <class Policy>
+[[nodiscard]] constexpr auto make_attention_request(const Policy& policy, const problem_shape& shape) noexcept {
+  return score_request<snap_kv, mean>{
+      {}, {}, policy.window, policy.group == group_reduce::none ? group_reduce::none : group_reduce::mean, shape};
+}
+
+/// What a rescorer looks at besides the scores, computed by a backend.
+template <class Backend, class Policy>
+class rescoring_inputs {
+  using rescoring_t = decltype(Policy::rescoring);
+  using weights_t = decltype(make_weight_request(std::declval<const Policy&>(), problem_shape{}));
+  using attention_t = decltype(make_attention_request(std::declval<const Policy&>(), problem_shape{}));
+  static constexpr bool weighs = has_weight<rescoring_t>;
+  static constexpr bool attends = rescoring_reads_attention<rescoring_t>();
+  struct nothing {
+    template <class... Arguments>
+    explicit constexpr nothing(const Arguments&...) noexcept {}
+  };
+
+ public:
+  rescoring_inputs(const Backend& backend, const Policy& policy, const problem_shape& shape, workspace& space)
+      : weights_(make_weight_request(policy, shape)),
+        attention_(make_attention_request(policy, shape)),
+        weight_scratch_(backend, weights_, space),
+        attention_scratch_(backend, attention_, space) {}
+
+  /// Fills memory.weights and memory.attention, where the rescorer asks for them.
+  template <class T, class Memory>
+  [[nodiscard]] status compute(Backend& backend, const layer_view<T>& layer, Memory& memory) {
+    if constexpr (weighs) {
+      RESTKV_RETURN_IF_FAILED(backend.token_scores(weights_, layer, weight_scratch_, memory.weights));
+      if constexpr (weights_are_shares<rescoring_t>()) divide_by_sum_over_heads(layer, memory.weights);
+    }
+    if constexpr (attends) {
+      RESTKV_RETURN_IF_FAILED(backend.token_scores(attention_, layer, attention_scratch_, memory.attention));
+    }
+    return {};
+  }
+
+ private:
+  /// Heads of different lengths: token n of each.
+  template <class T, class Real>
+  static void divide_by_sum_over_heads(const layer_view<T>& layer, const tensor_view<Real, 3>& weights) noexcept {
+    for (index_t b = 0; b < weights.extent(0); ++b) {
+      const index_t length = shortest_head(layer, b);
+      for (index_t n = 0; n < length; ++n) {
+        double sum = 0;
+        for (index_t h = 0; h < weights.extent(1); ++h) sum += static_cast<double>(weights(b, h, n));
+        for (index_t h = 0; h < weights.extent(1) && sum > 0; ++h) {
+          weights(b, h, n) = static_cast<Real>(static_cast<double>(weights(b, h, n)) / sum);
+        }
+      }
+    }
+  }
+
+  weights_t weights_;
+  attention_t attention_;
+  std::conditional_t<weighs, typename Backend::template scratch<weights_t>, nothing> weight_scratch_;
+  std::conditional_t<attends, typename Backend::template scratch<attention_t>, nothing> attention_scratch_;
+};
+
 /// The memory of one selection, carved from a workspace by the same code when planning and when running.
 template <class Backend, class Policy>
 struct selection_memory {
@@ -101,6 +163,7 @@ struct selection_memory {
   std::uint8_t* settled = nullptr;       // likewise
   pruning_row<key>* rows = nullptr;      // [batch * heads], likewise
   tensor_view<real, 3> weights{};        // [batch, heads, tokens]; only for a rescorer that has weights
+  tensor_view<real, 3> attention{};      // [batch, heads, tokens]; only for a rescorer that reads it
   real* rescoring = nullptr;             // [batch * heads, scratch of a row]
 
   selection_memory(const Backend& backend, const plan<Policy>& p, workspace& space) noexcept {
@@ -116,6 +179,9 @@ struct selection_memory {
     if constexpr (rescores<decltype(Policy::rescoring)>) {
       if constexpr (has_weight<decltype(Policy::rescoring)>) {
         weights = {space.take<real>(count * p.shape.tokens), {p.shape.batch, p.heads, p.shape.tokens}};
+      }
+      if constexpr (rescoring_reads_attention<decltype(Policy::rescoring)>()) {
+        attention = {space.take<real>(count * p.shape.tokens), {p.shape.batch, p.heads, p.shape.tokens}};
       }
       rescoring = space.take<real>(count * scratch_size_of(p.policy.rescoring, p.shape));
     }
@@ -199,9 +265,8 @@ template <tensor_backend Backend, class Policy>
   detail::selection_memory<Backend, Policy> memory(backend, made, counting);
   typename Backend::template scratch<score_request_of<Policy>> scratch(backend, make_score_request(policy, shape),
                                                                        counting);
-  if constexpr (detail::has_weight<decltype(policy.rescoring)>) {
-    const auto weights = detail::make_weight_request(policy, shape);
-    typename Backend::template scratch<std::remove_const_t<decltype(weights)>> weight_scratch(backend, weights, counting);
+  if constexpr (rescores<decltype(policy.rescoring)>) {
+    detail::rescoring_inputs<Backend, Policy> inputs(backend, policy, shape, counting);
   }
   RESTKV_RETURN_IF_FAILED(counting.check());
   made.workspace_bytes = counting.required_bytes();

@@ -9,6 +9,7 @@
 #include <restkv/backend/eigen/backend.hpp>
 #include <restkv/reference/backend.hpp>
 #include <restkv/runtime_parts.hpp>
+#include <restkv/score/defensive_kv.hpp>
 
 #include <iterator>
 
@@ -34,11 +35,14 @@ struct all_features {
   }
 };
 
-/// One that is defined for the tokens of the window too, by the queries that see them.
+/// One that is defined for the tokens of the window too, by the queries that see them, with noise in some cases.
 struct seen_tokens {
+  logit_perturbation noise{};
+
   static constexpr feature needs = feature::attention | feature::odds | feature::logit;
   static constexpr bool scores_window = true;
 
+  [[nodiscard]] logit_perturbation perturbation() const noexcept { return noise; }
   template <std::floating_point Real>
   [[nodiscard]] Real operator()(const token_features<Real>& token) const noexcept {
     return token.attention + std::min(token.odds, Real(2)) / (Real(1) + token.logit * token.logit);
@@ -241,6 +245,12 @@ tally walk(index_t first, index_t cases, const Score& score, const TemporalOf& t
                     .protect = {.sink = turn % 3, .recent = scores_window<Score>() ? turn % 4 : 0}};
     if (scores_window<Score>() && uses_drift(policy.spatial)) policy.spatial.choice = average_pool{.width = 3};
     if (turn % 3 == 1) policy.budget.choice = ada_kv{.budget = budget, .normalise = turn % 2 == 0};
+    if constexpr (requires { policy.score.noise; }) {
+      if (turn % 5 == 1) policy.score.noise = {.temperature = 1.5f, .gumbel = true, .seed = 77};
+    }
+    if constexpr (requires { policy.score.attention_pool; }) {
+      policy.score.attention_pool = 1 + static_cast<int>(turn % 4) * 2;
+    }
     if constexpr (requires { policy.score.order; }) {
       const bool after = turn % 4 < 2 && is_average(policy.temporal);
       policy.score.order = after ? query_order::after : query_order::before;
@@ -279,6 +289,10 @@ TEST_CASE("a user's score of odds alone keeps the same tokens on both backends")
 
 TEST_CASE("a score of all tokens that a window sees keeps the same tokens on both backends") {
   check_tally(walk(7000, 60, seen_tokens{}, temporal_of));
+}
+
+TEST_CASE("a score of attention pooled within each query keeps the same tokens on both backends") {
+  check_tally(walk(8000, 60, defensive_kv{}, temporal_of));
 }
 
 TEST_CASE("a user's score that needs no queries keeps the same tokens on both backends") {

@@ -7,9 +7,13 @@
 #include <restkv/reference/backend.hpp>
 #include <restkv/rescoring/caote.hpp>
 #include <restkv/rescoring/critical_kv.hpp>
+#include <restkv/rescoring/defensive_kv.hpp>
+#include <restkv/rescoring/r_kv.hpp>
 #include <restkv/score/an_d_pro.hpp>
 #include <restkv/score/caote.hpp>
+#include <restkv/score/defensive_kv.hpp>
 #include <restkv/score/drop_kv.hpp>
+#include <restkv/score/keyformer.hpp>
 #include <restkv/score/la_prox.hpp>
 #include <restkv/score/ob_cache.hpp>
 #include <restkv/score/observed_attention.hpp>
@@ -285,4 +289,97 @@ TEST_CASE("rescorers are their published formulas") {
   critical(0.5f, 0);
   critical(0.75f, 3);
   critical(1.0f, 6);
+}
+
+TEST_CASE("Keyformer accumulates the softmax of noisy logits") {
+  const problem p(13);
+  const keyformer score{.temperature = 1.7f, .seed = 5};
+  // The noise itself: standard Gumbel, mean 0.5772, variance pi^2 / 6.
+  double total_noise = 0, squares = 0;
+  constexpr index_t draws = 40000;
+  for (index_t i = 0; i < draws; ++i) {
+    const double g = logit_perturbation{.gumbel = true, .seed = 5}(0.0, 0, i % 7, i / 7 % 100, i / 700);
+    total_noise += g;
+    squares += g * g;
+  }
+  CHECK(std::fabs(total_noise / draws - 0.57722) < 0.03);
+  CHECK(std::fabs(squares / draws - (total_noise / draws) * (total_noise / draws) - 1.644934) < 0.08);
+  const auto noisy = [&](index_t h, index_t t, index_t n) {
+    const double g = logit_perturbation{.gumbel = true, .seed = 5}(0.0, 0, h, t, n);
+    return std::exp((p.logit(h, t, n) + real(g)) / real(1.7f));
+  };
+  check(p, policy_of(score, sum{}, every_query), tokens, [&](index_t h, index_t n) {
+    real total = 0;
+    for (index_t t = n; t < tokens; ++t) {
+      real whole = 0;
+      for (index_t m = 0; m <= t; ++m) whole += noisy(h, t, m);
+      total += noisy(h, t, n) / whole;
+    }
+    return total;
+  });
+}
+
+TEST_CASE("DefensiveKV takes the worst case of pooled attention, with a floor, values and forced tokens") {
+  const problem p(GENERATE(17u, 18u));
+  constexpr int pool = 3;
+  const auto pooled = [&](index_t h, index_t t, index_t n) {
+    real mean = 0, before = 0, after = 0;
+    for (index_t m = 0; m < past; ++m) {
+      before += p.attention(h, t, m);
+      for (index_t i = m - 1; i <= m + 1; ++i) {
+        if (i < 0 || i >= past) continue;
+        after += p.attention(h, t, i) / pool;
+        if (m == n) mean += p.attention(h, t, i) / pool;
+      }
+    }
+    return mean * before / after;
+  };
+  const auto worst = [&](index_t h, index_t n) {
+    real most = 0;
+    for (index_t t = tokens - window; t < tokens; ++t) most = std::max(most, pooled(h, t, n));
+    return most;
+  };
+  check(p, policy_of(defensive_kv{.attention_pool = pool}, maximum{}), past, worst);
+
+  const auto attention = [&](index_t h, index_t n) {
+    return over_window([&](index_t t) { return p.attention(h, t, n); }) / window;
+  };
+  const auto size = [&](index_t h, index_t n) { return l1(p.project(h, p.value_of(h, n))); };
+  for (const float mass : {0.3f, 0.75f, 0.9f}) {
+    const defensive_rescoring<> rescoring{.mass = mass};
+    check(p, policy_of(defensive_kv{.attention_pool = pool}, maximum{}, window, rescoring), past,
+          [&](index_t h, index_t n) {
+            real floor = 0, share = 0, sum_of_past = 0;
+            for (index_t m = 0; m < past; ++m) floor += worst(h, m) / past;
+            for (index_t j = 0; j < query_heads; ++j) share += size(j, n);
+            std::vector<index_t> order(past - 1);  // the sink is kept anyhow
+            std::iota(order.begin(), order.end(), index_t{1});
+            std::sort(order.begin(), order.end(),
+                      [&](index_t a, index_t b) { return attention(h, a) > attention(h, b); });
+            for (index_t m = 0; m < past; ++m) sum_of_past += attention(h, m);
+            real held = 0;
+            index_t forced = 0;
+            for (const index_t m : order) {
+              held += attention(h, m) / sum_of_past;
+              if (held >= real(mass) - (1 - sum_of_past) || forced == 12 - window - 1) break;
+              if (m == n) return real(std::numeric_limits<double>::max());
+              ++forced;
+            }
+            return std::max(floor, worst(h, n)) * size(h, n) / share;
+          });
+  }
+}
+
+TEST_CASE("R-KV weighs attention against the redundancy of keys") {
+  const problem p(19);
+  const key_redundancy redundancy{.threshold = 0.2};
+  check(p, policy_of(snap_kv{}, mean{}, window, r_kv{.lambda = 0.3f, .weight = redundancy}), past,
+        [&](index_t h, index_t n) {
+          std::vector<double> scores(tokens), scratch(static_cast<std::size_t>(redundancy.scratch_size(shape_of(p.layer))));
+          const problem_shape shape = shape_of(p.layer);
+          redundancy.score_head(head_view<double>(p.layer, shape, 0, h), std::span<double>(scores),
+                                std::span<double>(scratch));
+          const real attention = over_window([&](index_t t) { return p.attention(h, t, n); }) / window;
+          return real(0.3f) * attention + (1 - real(0.3f)) * real(scores[static_cast<std::size_t>(n)]);
+        });
 }

@@ -185,6 +185,27 @@ class reference_backend {
     }
   }
 
+  /// Averages each row's shares over `width` neighbours of the past, and scales them back to their sum.
+  static void pool_attention(int width, index_t past, std::vector<reference::attention_row>& rows) {
+    if (width <= 1) return;
+    for (reference::attention_row& row : rows) {
+      std::vector<double> pooled(static_cast<std::size_t>(past));
+      double before = 0;
+      double after = 0;
+      for (index_t n = 0; n < past; ++n) {
+        for (index_t m = std::max<index_t>(0, n - width / 2); m <= std::min(past - 1, n + width / 2); ++m) {
+          pooled[static_cast<std::size_t>(n)] += row.share[static_cast<std::size_t>(m)] / width;
+        }
+        before += row.share[static_cast<std::size_t>(n)];
+        after += pooled[static_cast<std::size_t>(n)];
+      }
+      const double scale = after > 0 ? before / after : 0.0;
+      for (index_t n = 0; n < past; ++n) {
+        row.share[static_cast<std::size_t>(n)] = pooled[static_cast<std::size_t>(n)] * scale;
+      }
+    }
+  }
+
   template <class Request, element T>
   [[nodiscard]] static std::vector<double> scores_of_tokens(const Request& request, const layer_view<T>& layer,
                                                             index_t b, index_t head) {
@@ -262,7 +283,10 @@ class reference_backend {
     }
 
     std::vector<reference::attention_row> rows;  // [window]
-    for (index_t i = 0; i < window; ++i) rows.push_back(reference::window_attention(layer, b, head, window, i));
+    for (index_t i = 0; i < window; ++i) {
+      rows.push_back(reference::window_attention(layer, b, head, window, i, perturbation_of(request.score)));
+    }
+    pool_attention(attention_pool_of(request.score), past, rows);
     // Query i sees the tokens before length - window + i + 1. A token is scored by those that see it.
     const auto first_observer = [&](index_t n) {
       return static_cast<std::size_t>(std::max<index_t>(0, n - (span.length - window)));

@@ -40,7 +40,8 @@ struct attention_row {
 /// Attention of window query `i` (0 the oldest of `window`) of one sequence and query head.
 template <element T>
 [[nodiscard]] attention_row window_attention(const layer_view<T>& layer, index_t batch, index_t query_head,
-                                             index_t window, index_t i) {
+                                             index_t window, index_t i,
+                                             const logit_perturbation& perturbation = {}) {
   const index_t group = layer.query.extent(1) / layer.key.extent(1);
   const index_t kv_head = query_head / group;
   const sequence_span span = sequence(layer, batch, kv_head);
@@ -58,6 +59,10 @@ template <element T>
     constexpr double most = std::numeric_limits<double>::max();
     row.share[static_cast<std::size_t>(n)] =
         std::isnan(dot) ? -most : std::clamp(dot / std::sqrt(static_cast<double>(head_dim)), -most, most);
+    if (perturbation.active()) {
+      double& logit = row.share[static_cast<std::size_t>(n)];
+      logit = std::clamp(perturbation(logit, batch, query_head, visible - 1, n), -most, most);
+    }
     if (row.share[static_cast<std::size_t>(n)] > largest) {
       largest = row.share[static_cast<std::size_t>(n)];
       row.top = n;

@@ -31,7 +31,7 @@ struct caote_rescoring {
   [[nodiscard]] constexpr index_t scratch_size(const problem_shape& shape) const noexcept { return 2 * shape.head_dim; }
 
   template <element T, std::floating_point Real>
-  void rescore(const head_view<T>& head, const rescoring_context&, std::span<const Real>, std::span<Real> scores,
+  void rescore(const head_view<T>& head, const rescoring_context<Real>&, std::span<Real> scores,
                std::span<Real> scratch) const noexcept {
     const auto channels = static_cast<std::size_t>(head.head_dim());
     const std::span<Real> out = scratch.first(channels);

@@ -34,8 +34,8 @@ struct critical_kv {
   static constexpr bool after_budget = true;
 
   template <element T, std::floating_point Real>
-  void rescore(const head_view<T>&, const rescoring_context& context, std::span<const Real> weights,
-               std::span<Real> scores, std::span<Real>) const noexcept {
+  void rescore(const head_view<T>&, const rescoring_context<Real>& context, std::span<Real> scores,
+               std::span<Real>) const noexcept {
     const auto whole = static_cast<double>(context.keep + context.protected_tokens);
     const index_t first = static_cast<index_t>(std::floor(whole * static_cast<double>(first_stage))) -
                           context.protected_tokens;
@@ -48,7 +48,7 @@ struct critical_kv {
       const auto i = static_cast<std::size_t>(n);
       const order_key_t<Real> key = key_of(n);
       const bool in_first = key != excluded_key && (key > pivot.key || (key == pivot.key && equal_left-- > 0));
-      scores[i] = in_first ? std::numeric_limits<Real>::max() : (scores[i] + static_cast<Real>(epsilon)) * weights[i];
+      scores[i] = in_first ? std::numeric_limits<Real>::max() : (scores[i] + static_cast<Real>(epsilon)) * context.weights[i];
     }
   }
   ///@}

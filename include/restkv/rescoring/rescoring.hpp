@@ -14,7 +14,13 @@
 namespace restkv {
 
 /// What a rescorer knows of its row besides the head.
+template <std::floating_point Real>
 struct rescoring_context {
+  /// The rescorer's weights, of the tokens that scores are defined for; empty where it has none.
+  std::span<const Real> weights{};
+  /// Attention of the same tokens, the mean over the window's queries and the row's query heads; empty unless asked for.
+  std::span<const Real> attention{};
+
   index_t keep = 0;   ///< candidates the head keeps: its own number with `after_budget`, the layer's mean otherwise
   index_t heads = 1;  ///< query heads whose scores the row holds: head.query_head() is the first
   index_t protected_tokens = 0;              ///< tokens of the head that are kept whatever their score
@@ -43,10 +49,8 @@ struct no_weight {
 namespace detail {
 
 template <class R, class Real>
-concept rescores_rows = requires(const R& rescorer, const head_view<float>& head, const rescoring_context& context,
-                                 std::span<const Real> weights, std::span<Real> row) {
-  rescorer.rescore(head, context, weights, row, row);
-};
+concept rescores_rows = requires(const R& rescorer, const head_view<float>& head, const rescoring_context<Real>& context,
+                                 std::span<Real> row) { rescorer.rescore(head, context, row, row); };
 
 template <class R>
 concept has_weight = any_score<decltype(R::weight)>;
@@ -56,12 +60,13 @@ concept has_weight = any_score<decltype(R::weight)>;
 /// A rescorer:
 ///
 ///     template <restkv::element T, std::floating_point Real>
-///     void rescore(const restkv::head_view<T>& head, const restkv::rescoring_context& context,
-///                  std::span<const Real> weights, std::span<Real> scores, std::span<Real> scratch) const noexcept;
+///     void rescore(const restkv::head_view<T>& head, const restkv::rescoring_context<Real>& context,
+///                  std::span<Real> scores, std::span<Real> scratch) const noexcept;
 ///
 /// replaces the smoothed scores of one row, those of the tokens that scores are defined for, by others. Optional members:
 /// `weight`, a score without queries that the backend evaluates for every token beforehand (mean over the query heads
-/// of the row; `weights` is empty without it); `index_t scratch_size(const problem_shape&) const`; `static constexpr
+/// of the row), and `static constexpr bool weights_are_shares = true`, for weights that are divided by their sum over the
+/// heads of the layer, token by token; `static constexpr bool reads_attention = true`; `index_t scratch_size(const problem_shape&) const`; `static constexpr
 /// bool after_budget = true`, for a rescorer that reorders tokens within a head once the heads' budgets were given by
 /// the scores before it; `static constexpr cache_part reads`; `status check() const`.
 template <class R>
@@ -72,7 +77,7 @@ struct no_rescoring {
   ///@{
   /// See `rescorer`.
   template <element T, std::floating_point Real>
-  constexpr void rescore(const head_view<T>&, const rescoring_context&, std::span<const Real>, std::span<Real>,
+  constexpr void rescore(const head_view<T>&, const rescoring_context<Real>&, std::span<Real>,
                          std::span<Real>) const noexcept {}
   ///@}
 };
@@ -96,6 +101,20 @@ template <rescorer R>
   } else {
     return no_weight{};
   }
+}
+
+/// True for a rescorer whose weights are divided by their sum over the heads of the layer.
+template <rescorer R>
+[[nodiscard]] constexpr bool weights_are_shares() noexcept {
+  if constexpr (requires { { R::weights_are_shares } -> std::convertible_to<bool>; }) return R::weights_are_shares;
+  return false;
+}
+
+/// True for a rescorer that looks at the window's attention.
+template <rescorer R>
+[[nodiscard]] constexpr bool rescoring_reads_attention() noexcept {
+  if constexpr (requires { { R::reads_attention } -> std::convertible_to<bool>; }) return R::reads_attention;
+  return false;
 }
 
 /// What the rescorer reads of a head's cache by itself.

@@ -7,7 +7,9 @@
 #pragma once
 
 #include <restkv/core/config.hpp>
+#include <restkv/core/counter_random.hpp>
 
+#include <cmath>
 #include <concepts>
 #include <type_traits>
 
@@ -73,6 +75,28 @@ enum class metric {
   projection,  ///< ||W[h] x||, the layer's hidden output
 };
 
+/// What is done to the logits before their softmax: z becomes (z + noise) / temperature, the noise a standard Gumbel
+/// number for each sequence, query head, query and token, the same on every backend.
+struct logit_perturbation {
+  float temperature = 1.0f;  ///< > 0
+  bool gumbel = false;       ///< add the noise
+  std::uint64_t seed = 0;    ///< of the noise
+
+  /// True where logits change at all.
+  [[nodiscard]] constexpr bool active() const noexcept { return gumbel || temperature != 1.0f; }
+  /// The perturbed logit of a token under the query at position `query` of its sequence.
+  template <std::floating_point Real>
+  [[nodiscard]] RESTKV_HD Real operator()(Real logit, index_t batch, index_t head, index_t query,
+                                          index_t token) const noexcept {
+    if (gumbel) {
+      constexpr auto least = static_cast<Real>(2.98023223876953125e-08);  // 2^-25, so that no logarithm is infinite
+      const Real uniform = uniform_of<Real>(counter_bits(seed, batch, head, query, token));
+      logit -= std::log(-std::log(uniform > least ? uniform : least));
+    }
+    return logit / static_cast<Real>(temperature);
+  }
+};
+
 /// The features of one token. Only those a score asks for are set; the rest are 0.
 template <std::floating_point Real>
 struct token_features {
@@ -111,7 +135,9 @@ concept scores_token_features = requires(const S& score, const token_features<Re
 /// `restkv::metric metric_of_distance` (default identity), `static constexpr bool monotone_in_distance = true`
 /// for a score that is never negative and never falls when only the distance grows, which admits certified pruning,
 /// and `static constexpr bool scores_window = true` (see `scores_window`), for scores that need of a query nothing but
-/// its attention, odds or logit.
+/// its attention, odds or logit. `logit_perturbation perturbation() const` changes the logits of such a score;
+/// `int attention_pool`, odd, averages the attention of a query over neighbouring tokens of the past (zeros beyond) and
+/// scales it back to its sum, before it is scored, for scores that need nothing but attention.
 template <class S>
 concept token_score = detail::has_constant_needs<S> && detail::scores_token_features<S, float> &&
                       detail::scores_token_features<S, double>;
@@ -137,6 +163,31 @@ template <class S>
 [[nodiscard]] constexpr bool monotone_in_distance() noexcept {
   if constexpr (requires { { S::monotone_in_distance } -> std::convertible_to<bool>; }) return S::monotone_in_distance;
   return false;
+}
+
+/// What the score does to the logits: `score.perturbation()` where it has one.
+template <class S>
+[[nodiscard]] constexpr logit_perturbation perturbation_of(const S& score) noexcept {
+  if constexpr (requires { { score.perturbation() } -> std::convertible_to<logit_perturbation>; }) {
+    return score.perturbation();
+  }
+  return {};
+}
+
+/// The neighbours over which each query's attention is averaged before it is scored: `score.attention_pool`, 1 where the
+/// score has none.
+template <class S>
+[[nodiscard]] constexpr int attention_pool_of(const S& score) noexcept {
+  if constexpr (requires { { score.attention_pool } -> std::convertible_to<int>; }) return score.attention_pool;
+  return 1;
+}
+
+/// True for a score that has `attention_pool`.
+template <class S>
+[[nodiscard]] constexpr bool pools_attention() noexcept {
+  return requires(const S& score) {
+    { score.attention_pool } -> std::convertible_to<int>;
+  };
 }
 
 /// The features a score asks for; none for one that is not a `token_score`.

@@ -9,6 +9,7 @@
 #include <restkv/backend/eigen/head_scores.hpp>
 #include <restkv/backend/eigen/observation.hpp>
 #include <restkv/backend/eigen/output_metric.hpp>
+#include <restkv/backend/eigen/pooled_attention.hpp>
 #include <restkv/backend/eigen/streaming.hpp>
 #include <restkv/backend/eigen/thread_pool.hpp>
 
@@ -194,8 +195,11 @@ class eigen_backend {
     for (index_t first = 0; first < group; first += together) {
       const index_t heads = std::min(together, group - first);
       const index_t first_head = kv_head * group + first;
-      buffers.softmax.run(layer, batch, {first_head, heads, request.window_of(span.length), states.lanes}, span);
-      if constexpr (needs::local) {
+      buffers.softmax.run(layer, batch, {first_head, heads, request.window_of(span.length), states.lanes}, span,
+                          perturbation_of(request.score));
+      if constexpr (needs::pools) {
+        eigen::score_pooled(request, layer, batch, span, buffers, out);
+      } else if constexpr (needs::local) {
         eigen::score_locally(request, layer, batch, span, buffers, out);
       } else if (after) {
         eigen::smoothed_rows(request, layer, batch, span, buffers, states);

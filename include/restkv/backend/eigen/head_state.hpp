@@ -25,6 +25,8 @@ struct needs_of {
   static constexpr bool values = has(set, value_features);
   /// Scores from attention alone: ready when the attention is, nothing else is read.
   static constexpr bool local = needs_attention_alone<score>();
+  /// Local scores of attention that is averaged over neighbours within each query first.
+  static constexpr bool pools = local && pools_attention<score>();
   /// True where the temporal smoother may be a weighted sum; whether it is, `is_linear` says.
   static constexpr bool linear = linear_temporal_smoother<temporal>;
   /// Scores that can be bounded without the distances: see `bound_heads`.
@@ -179,6 +181,7 @@ struct tile_buffers {
   float* projection = nullptr;       ///< a block of W[h], transposed, [head_dim, projection_block]
   float* projected = nullptr;        ///< its product with the tile's values, [tile_tokens, projection_block]
   float* projected_norm = nullptr;   ///< ||W[h] v||_1, [tile_tokens]
+  float* ring = nullptr;      ///< the latest tokens' shares, [attention_pool, lanes], and sums: see `score_pooled`
   float* streamed = nullptr;  ///< running scores of a KV head's query heads, [group, tokens]; see `stream_window`
   float* scratch = nullptr;   ///< of a head score
   float* head_row = nullptr;  ///< one query head's row of a head score, [tokens]
@@ -198,6 +201,7 @@ struct tile_buffers {
       weights = space.take<float>(states.lanes);
       if constexpr (has(needs::set, feature::logit)) logits = space.take<float>(cells);
       if constexpr (has(needs::set, feature::alignment)) products = space.take<float>(cells);
+      if constexpr (needs::pools) ring = space.take<float>(2 * attention_pool_of(request.score) * states.lanes);
       if (streams(request)) streamed = space.take<float>(request.shape.group() * request.shape.tokens);
     }
     if constexpr (has(needs::set, feature::projected_norm_l1)) {

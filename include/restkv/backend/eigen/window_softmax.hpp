@@ -118,8 +118,10 @@ class window_softmax {
 
   /// Reads every key once and prepares everything above.
   template <element T>
-  void run(const layer_view<T>& layer, index_t batch, const lane_block& block, const sequence_span& span) noexcept {
+  void run(const layer_view<T>& layer, index_t batch, const lane_block& block, const sequence_span& span,
+           const logit_perturbation& perturbation = {}) noexcept {
     begin(layer, batch, block, span);
+    perturbation_ = perturbation;
     const index_t lanes = block.lanes();
     const index_t tiles = padded_tokens(span.length) / tile_tokens;
     keeps_ = tiles * tile_tokens * lanes <= most_kept_;
@@ -177,6 +179,7 @@ class window_softmax {
     block_ = block;
     batch_ = batch;
     span_ = span;
+    perturbation_ = {};
     kv_head_ = block.first_head / (layer.query.extent(1) / layer.key.extent(1));
     pack_queries(layer);
   }
@@ -217,7 +220,23 @@ class window_softmax {
       }
     }
     make_tile_finite(out, count * lanes);
+    if (perturbation_.active()) perturb(first, count, out);
     return count;
+  }
+
+  /// The same noise whenever a tile is computed.
+  void perturb(index_t first, index_t count, float* logits) const noexcept {
+    constexpr float most = std::numeric_limits<float>::max() / 2;
+    for (index_t n = 0; n < count; ++n) {
+      for (index_t j = 0; j < block_.heads; ++j) {
+        float* const row = logits + n * block_.lanes() + j * block_.stride;
+        for (index_t i = 0; i < block_.window; ++i) {
+          if (row[i] == masked_logit) continue;
+          const index_t query = span_.length - block_.window + i;
+          row[i] = std::clamp(perturbation_(row[i], batch_, block_.first_head + j, query, first + n), -most, most);
+        }
+      }
+    }
   }
 
   /// A tile's largest logit of every lane, its token, and the sum of the other tokens' exponentials relative to it.
@@ -300,6 +319,7 @@ class window_softmax {
   index_t batch_ = 0;
   index_t kv_head_ = 0;
   sequence_span span_{};
+  logit_perturbation perturbation_{};
   bool keeps_ = false;  // whether kept_ holds the logits of the block
   index_t most_kept_ = 0;
   float* kept_ = nullptr;
