@@ -142,3 +142,49 @@ TEST_CASE("random choices depend on the seed alone, and favour no position") {
     CHECK(times[n] < 120 + 5 * 8);
   }
 }
+
+TEST_CASE("every preset of the field can be planned") {
+  reference_backend backend;
+  const restkv::problem_shape shape{.query_heads = 4, .kv_heads = 2, .head_dim = 8, .tokens = 200, .layer = 1, .layers = 24};
+  const auto check = [&](const auto& policy, index_t rows) {
+    restkv::plan<std::remove_cvref_t<decltype(policy)>> plan;
+    const status outcome = restkv::make_plan(backend, policy, shape, plan);
+    INFO(outcome.message());
+    CHECK(outcome.ok());
+    CHECK(plan.rows == rows);
+    CHECK(plan.heads == 2);
+    CHECK(plan.capacity >= 100);
+  };
+  check(presets::ada_kv(100), 2);
+  check(presets::pyramid_kv(100), 2);
+  check(presets::chunk_kv(100), 2);
+  check(presets::h2o(100), 2);
+  check(presets::h2o_mean(100), 2);
+  check(presets::tova(100), 1);
+  check(presets::keyformer(100), 2);
+  check(presets::vatp(100), 2);
+  check(presets::caote(100), 2);
+  check(presets::fast_caote(100), 2);
+  check(presets::h2o_caote(100), 2);
+  check(presets::drop_kv(100), 2);
+  check(presets::ob_cache(100), 2);
+  check(presets::la_prox(100), 2);
+  check(presets::an_d_pro(100), 2);
+  check(presets::critical_kv(100), 2);
+  check(presets::critical_ada_kv(100), 2);
+  check(presets::lava(100), 2);
+  check(presets::defensive_kv(100), 2);
+  check(presets::r_kv(100), 2);
+  check(presets::knorm(100), 2);
+  check(presets::key_diff(100), 2);
+  check(presets::lag_kv(100), 2);
+  check(presets::cur_dkv(100), 2);
+  check(presets::leverage_score(100), 2);
+  check(presets::value_range(100), 2);
+  check(presets::la_cache(100), 2);
+  const std::vector<double> numbers(4 * 8 * 8);
+  const std::vector<float> filters(2 * 8);
+  check(presets::expected_attention(100, {numbers.data(), {1, 4, 8}}, {numbers.data(), {1, 4, 8, 8}}), 2);
+  check(presets::cap_kv(100, {numbers.data(), {1, 4, 8}}), 2);
+  check(presets::q_filter(100, {filters.data(), {2, 8}}), 2);
+}
