@@ -88,6 +88,43 @@ struct whole_chunks {
 };
 //! [spatial]
 
+//! [head_score]
+/// How far a key lies from the first one: what the prompt begins with is not kept twice.
+struct unlike_the_first {
+  static constexpr restkv::cache_part reads = restkv::cache_part::keys;
+
+  index_t scratch_size(const restkv::problem_shape& shape) const noexcept { return 2 * shape.head_dim; }
+
+  template <restkv::element T, std::floating_point Real>
+  void score_head(const restkv::head_view<T>& head, std::span<Real> scores, std::span<Real> scratch) const noexcept {
+    const auto channels = static_cast<std::size_t>(head.head_dim());
+    const std::span<Real> first = scratch.first(channels), key = scratch.subspan(channels, channels);
+    for (index_t n = 0; n < head.length(); ++n) {
+      head.key(n, n == 0 ? first : key);
+      Real sum = 0;
+      for (std::size_t c = 0; c < channels && n > 0; ++c) sum += (key[c] - first[c]) * (key[c] - first[c]);
+      scores[static_cast<std::size_t>(n)] = sum;
+    }
+  }
+};
+//! [head_score]
+
+//! [rescorer]
+/// Scores above `limit` times the row's mean count as that: no single token may shape the neighbourhood of a choice.
+struct limited {
+  float limit = 100.0f;
+
+  template <restkv::element T, std::floating_point Real>
+  void rescore(const restkv::head_view<T>&, const restkv::rescoring_context<Real>&, std::span<Real> scores,
+               std::span<Real>) const noexcept {
+    double sum = 0;
+    for (const Real score : scores) sum += static_cast<double>(score);
+    const auto most = static_cast<Real>(static_cast<double>(limit) * sum / static_cast<double>(scores.size()));
+    for (Real& score : scores) score = std::min(score, most);
+  }
+};
+//! [rescorer]
+
 //! [budget]
 /// Heads get fixed parts of the layer's budget, measured beforehand: retrieval heads more, local heads less.
 struct fixed_parts {
@@ -104,7 +141,8 @@ struct fixed_parts {
                 std::span<double> scratch) const noexcept {
     const index_t total = problem.heads * restkv::chosen_per_head(*this, problem);
     for (std::size_t h = 0; h < counts.size(); ++h) scratch[h] = parts[h % parts.size()] * static_cast<double>(total);
-    restkv::round_to_total(scratch, total, problem.candidates, counts);
+    restkv::round_to_total(
+        scratch, total, [&](std::size_t h) { return problem.candidates_of(static_cast<index_t>(h)); }, counts);
   }
 };
 //! [budget]
@@ -136,6 +174,30 @@ TEST_CASE("a policy of custom parts", "[docs]") {
   CHECK(kept.lengths(0, 0) == 36 + 42);
   CHECK(kept.lengths(0, 1) == 36 + 14);
   CHECK(kept.total() == 2 * 64);
+}
+
+TEST_CASE("a score of whole heads, a rescorer, pages that heads share", "[docs]") {
+  const auto made = some_layer();
+  const restkv::layer_view<float> layer = made.view();
+  restkv::reference_backend backend;
+
+  //! [whole_heads]
+  const auto policy = restkv::eviction_policy{.score = unlike_the_first{},
+                                              .spatial = restkv::no_pool{},
+                                              .group = restkv::group_reduce::mean,
+                                              .rescoring = limited{.limit = 10},
+                                              .budget = restkv::uniform{80},
+                                              .protect = {.sink = 4, .recent = 16},
+                                              .granularity = {.tokens = 16, .shared = true}};
+  const restkv::owned_selection chosen = restkv::select(backend, policy, layer);
+  //! [whole_heads]
+
+  const auto& kept = chosen.kept();
+  CHECK(kept.lengths(0, 0) == 80);  // five pages of 16: the first, the last, and three that were chosen
+  for (index_t slot = 0; slot < kept.lengths(0, 0); ++slot) {
+    CHECK(kept.positions(0, 0, slot) == kept.positions(0, 1, slot));
+    CHECK(kept.positions(0, 0, slot) % 16 == slot % 16);
+  }
 }
 
 TEST_CASE("a score with optional members", "[docs]") {
@@ -205,7 +267,7 @@ TEST_CASE("parts chosen at run time", "[docs]") {
   //! [runtime]
   const auto from_settings = [](bool pool, bool adaptive) {
     auto policy = restkv::eviction_policy{.score = restkv::snap_kv{},
-                                          .temporal = restkv::any_linear_temporal{restkv::ema{.alpha = 0.3f}},
+                                          .temporal = restkv::any_temporal{restkv::ema{.alpha = 0.3f}},
                                           .spatial = restkv::any_spatial{restkv::no_pool{}},
                                           .budget = restkv::any_budget{restkv::uniform{64}}};
     if (pool) policy.spatial.choice = restkv::average_pool{.width = 7};
