@@ -394,6 +394,19 @@ TEST_CASE("key_redundancy") {
   }
 }
 
+TEST_CASE("key_redundancy: a key of 0 resembles none") {
+  std::vector<float> rows{1, 0, 0, 0, -2, 0};
+  restkv::layer_view<float> layer;
+  layer.key = tensor_view<const float, 4>(rows.data(), {1, 1, 3, 2});
+  const problem_shape shape{.query_heads = 1, .kv_heads = 1, .head_dim = 2, .tokens = 3};
+  const double least = std::exp(-1.0 / 3);  // the cosine of the others is -1
+  const double sum = 1 + 2 * least;
+  for (const index_t recent : {0, 2}) {
+    check_row(scores_of<double>(restkv::key_redundancy{.recent = recent}, layer, shape, 0, 0),
+              {-least / sum, -1 / sum, -least / sum}, 1e-12);
+  }
+}
+
 TEST_CASE("Keys that hold nothing, and keys at the ends of a float's range") {
   const float tiny = std::numeric_limits<float>::denorm_min();
   const float huge = std::numeric_limits<float>::max();

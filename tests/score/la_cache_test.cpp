@@ -245,8 +245,12 @@ TEST_CASE("Ladders that cannot be built are refused") {
   check_error(bad.check(8), errc::invalid_argument, {13, 14}, "cache_size");
   la_cache_eviction eviction;
   check_error(good.evict(8, -1, good.begin(), eviction), errc::invalid_argument, {-1, 0}, "tokens");
-  check_error(good.evict(8, 90, {.cursor = 3, .capacity = 64}, eviction), errc::invalid_argument, {3, 64, 4},
+  check_error(good.evict(8, 90, {.cursor = 3, .capacity = 64}, eviction), errc::invalid_argument, {3, 4, 56},
               "cursor");
+  check_error(good.evict(8, 90, {.cursor = 57, .capacity = 64}, eviction), errc::invalid_argument, {57, 4, 56},
+              "cursor");
+  check_error(good.evict(8, 90, {.cursor = 4, .capacity = 73}, eviction), errc::invalid_argument, {73, 64, 72},
+              "capacity");
   check_error(good.evict(8, 90, {.cursor = 4, .capacity = 63}, eviction), errc::invalid_argument, {63, 64},
               "capacity");
   REQUIRE(good.evict(8, 90, good.begin(), eviction).ok());

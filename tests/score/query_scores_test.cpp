@@ -34,7 +34,8 @@ struct random_statistics {
         for (index_t r = 0; r < shape.head_dim; ++r) {
           for (index_t c = 0; c < shape.head_dim; ++c) {
             covariance.view()(b, h, r, c) =
-                product(factor[static_cast<std::size_t>(r)], factor[static_cast<std::size_t>(c)]);
+                product(factor[static_cast<std::size_t>(r)], factor[static_cast<std::size_t>(c)]) +
+                (r < c ? 0.3 : 0);  // not symmetric: a quadratic form does not mind
           }
         }
       }
@@ -456,6 +457,16 @@ TEST_CASE("find_q_filters: the leading direction of the queries, towards them") 
     }
     for (std::size_t c = 0; c < 6; ++c) CHECK(static_cast<double>(filters[6 * k + c]) == Approx(wanted[c]).margin(1e-6));
   }
+  // Two directions of almost the same length.
+  std::vector<float> close(4 * 6);
+  for (std::size_t i = 0; i < 4; ++i) {
+    close[6 * i + 1] = i % 2 == 0 ? -1.0f : 0.9999f;
+    close[6 * i + 4] = i % 2 == 0 ? -1.0f : -0.9999f;
+  }
+  std::vector<float> one(6);
+  REQUIRE(restkv::find_q_filters(tensor_view<const float, 4>(close.data(), {1, 1, 4, 6}), {one.data(), {1, 6}}, scratch)
+              .ok());
+  for (std::size_t c = 0; c < 6; ++c) CHECK(one[c] == Approx(c == 1 || c == 4 ? -std::sqrt(0.5) : 0).margin(1e-6));
   // Without a query there is no direction.
   const tensor_view<const half, 4> none(queries.view().data, {2, 4, 0, 6});
   REQUIRE(restkv::find_q_filters(none, {filters.data(), {2, 6}}, scratch).ok());

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 /// @file
 /// Small symmetric matrices in double: sums of outer products, their Cholesky factor, and quadratic forms of the
-/// inverse. Rows are dense; only the lower triangle, diagonal included, is used.
+/// inverse. Rows are dense; only the lower triangle, diagonal included, holds the matrix: what stands above it is not
+/// defined, but for the inverse of a factor, where it is 0.
 #pragma once
 
 #include <restkv/core/vector_math.hpp>
@@ -11,6 +12,15 @@
 #include <limits>
 
 namespace restkv {
+
+namespace detail {
+
+/// One behind the last entry of row i of a lower triangle that loops go to: whole vectors instead of single numbers.
+[[nodiscard]] constexpr index_t lower_row_end(index_t i, index_t size) noexcept {
+  return std::min(size, (i / row_lanes + 1) * row_lanes);
+}
+
+}  // namespace detail
 
 /// Adds outer products x x^T to the lower triangle of a matrix [size, size], four at a time, which saves three of four
 /// passes over the matrix.
@@ -45,7 +55,8 @@ class outer_product_sum {
       const double bi = b[i];
       const double ci = c[i];
       const double di = d[i];
-      for (index_t j = 0; j <= i; ++j) row[j] += (ai * a[j] + bi * b[j]) + (ci * c[j] + di * d[j]);
+      const index_t end = detail::lower_row_end(i, size_);
+      for (index_t j = 0; j < end; ++j) row[j] += (ai * a[j] + bi * b[j]) + (ci * c[j] + di * d[j]);
     }
   }
 
@@ -85,6 +96,7 @@ inline void invert_lower(double* factor, index_t size, double* room) noexcept {
     const double inverse = 1 / row[i];
     for (index_t j = 0; j < i; ++j) row[j] = -inverse * room[j];
     row[i] = inverse;
+    std::fill(row + i + 1, row + size, 0.0);
   }
 }
 
@@ -92,7 +104,7 @@ inline void invert_lower(double* factor, index_t size, double* room) noexcept {
 [[nodiscard]] inline double inverse_quadratic(const double* inverse_factor, const double* x, index_t size) noexcept {
   double sum = 0;
   for (index_t i = 0; i < size; ++i) {
-    const double part = dot(inverse_factor + i * size, x, i + 1);
+    const double part = dot(inverse_factor + i * size, x, detail::lower_row_end(i, size));
     sum += part * part;
   }
   return sum;

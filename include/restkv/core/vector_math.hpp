@@ -1,21 +1,41 @@
 // SPDX-License-Identifier: Apache-2.0
 /// @file
-/// Sums over the channels of a row: dot products and norms, with several partial sums in a fixed order.
+/// Rows of channels: widening, and dot products and norms with several partial sums in a fixed order.
 ///
 /// The partial sums let a compiler use vector registers without being allowed to reorder additions, and make a result
 /// depend on nothing but its row.
 #pragma once
 
-#include <restkv/core/config.hpp>
+#include <restkv/core/dtype.hpp>
 
 #include <cmath>
+#include <bit>
 #include <concepts>
 #include <limits>
+#include <type_traits>
 
 namespace restkv {
 
 /// Partial sums of a row: element c goes to sum c modulo this number.
 inline constexpr index_t row_lanes = 16;
+
+/// `count` elements from `row` as Real, exactly, into `out`: `widen` of each, in a form that vector units execute. [count]
+template <element T, std::floating_point Real>
+void widen_row(const T* row, Real* out, index_t count) noexcept {
+  if constexpr (std::is_same_v<T, half>) {
+    for (index_t c = 0; c < count; ++c) {
+      const std::uint32_t bits = row[c].bits();
+      const std::uint32_t magnitude = bits & 0x7fffu;
+      // The exponents' biases differ by 112. Infinity and NaN get the largest exponent instead.
+      const float scaled = std::bit_cast<float>(magnitude << 13) * 0x1p112f;
+      const std::uint32_t special = magnitude >= 0x7c00u ? 0x7f800000u : 0u;
+      out[c] = static_cast<Real>(
+          std::bit_cast<float>(std::bit_cast<std::uint32_t>(scaled) | special | ((bits & 0x8000u) << 16)));
+    }
+  } else {
+    for (index_t c = 0; c < count; ++c) out[c] = widen<Real>(row[c]);
+  }
+}
 
 namespace detail {
 

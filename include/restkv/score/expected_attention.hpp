@@ -3,6 +3,7 @@
 /// `expected_attention`: the attention that queries of a known distribution would pay.
 #pragma once
 
+#include <restkv/core/cholesky.hpp>
 #include <restkv/core/scratch.hpp>
 #include <restkv/core/status.hpp>
 #include <restkv/core/tensor_view.hpp>
@@ -131,6 +132,7 @@ struct expected_attention {
         row[c] = static_cast<Real>((covariance(batch, head, r, c) + covariance(batch, head, c, r)) / (2 * d));
       }
       row[r] = static_cast<Real>(covariance(batch, head, r, r) / (2 * d));
+      std::fill(row + r + 1, row + channels, Real(0));
     }
   }
 
@@ -140,7 +142,7 @@ struct expected_attention {
                                            const Real* quadratic) noexcept {
     Real logit = dot(key, linear, channels);
     for (index_t r = 0; quadratic != nullptr && r < channels; ++r) {
-      logit += key[r] * dot(key, quadratic + r * channels, r + 1);
+      logit += key[r] * dot(key, quadratic + r * channels, detail::lower_row_end(r, channels));
     }
     constexpr Real most = std::numeric_limits<Real>::max();
     if (logit >= -most && logit <= most) return logit;

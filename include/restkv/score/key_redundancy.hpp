@@ -77,13 +77,10 @@ struct key_redundancy {
       redundancy[n] = 0;
       if (inverse[n] != inverse[n] || inverse[n] == 0) continue;
       unit(head, n, inverse[n], key);
-      double sum = 0;
-      double self = 0;
-      for (index_t c = 0; c < channels; ++c) {
-        sum += static_cast<double>(key[c]) * sum_of_units[c];
-        self += static_cast<double>(key[c]) * static_cast<double>(key[c]);
-      }
-      redundancy[n] = sum - self;
+      redundancy[n] = detail::sum_in_lanes<double>(channels, [&](index_t c) {
+        const auto x = static_cast<double>(key[c]);
+        return x * (sum_of_units[c] - x);
+      });
     }
     for (index_t last = recent == 0 ? 0 : length; last > 0; last -= std::min(block, last)) {
       const index_t first = std::max<index_t>(last - block, 0);

@@ -25,7 +25,7 @@ namespace restkv {
 ///
 /// Ties in a chunk rank the earlier token higher. A channel without a range (max = min) counts 0 for all tokens. A token
 /// whose key or value is not finite scores NaN and takes no part in ranges, shares and ranks. Cost: two passes over
-/// keys and over values, the second from a chunk that was read just before, 6 d operations each; scratch of 8 lag + 6 d
+/// keys and over values, the second from a chunk that was read just before, 6 d operations each; scratch of 8 lag + 7 d
 /// elements.
 struct lag_kv {
   index_t sink = 4;            ///< first tokens, which are left alone
@@ -51,7 +51,7 @@ struct lag_kv {
 
   [[nodiscard]] constexpr index_t scratch_size(const problem_shape& shape) const noexcept {
     const index_t chunk = std::min(lag, shape.tokens);
-    return 4 * scratch_of_doubles(chunk) + 2 * scratch_of_doubles(shape.head_dim) + shape.head_dim;
+    return 4 * scratch_of_doubles(chunk) + 3 * scratch_of_doubles(shape.head_dim) + shape.head_dim;
   }
 
   template <element T, std::floating_point Real>
@@ -68,7 +68,7 @@ struct lag_kv {
     scratch_rows<Real> memory(scratch);
     const rows<Real> room{memory.take_doubles(lag), memory.take_doubles(lag), memory.take_doubles(lag),
                           memory.take_doubles(lag), memory.take_doubles(head.head_dim()),
-                          memory.take_doubles(head.head_dim()), memory.take(head.head_dim())};
+                          memory.take_doubles(head.head_dim()), memory.take_doubles(head.head_dim()), memory.take(head.head_dim())};
     const index_t chunks = (length - sinks) / lag;
     for (index_t i = 0; i + 1 < chunks; ++i) {
       const index_t first = sinks + i * lag;
@@ -91,6 +91,7 @@ struct lag_kv {
     double* used;    // [lag]
     double* low;     // [head_dim]
     double* scale;   // [head_dim]
+    double* scaled;  // [head_dim]
     Real* row;       // [head_dim]
   };
 
@@ -135,10 +136,14 @@ struct lag_kv {
   template <std::floating_point Real>
   [[nodiscard]] static double spread(const rows<Real>& room, index_t channels) noexcept {
     if (channels < 2) return 0;
-    const auto scaled = [&](index_t c) { return (static_cast<double>(room.row[c]) - room.low[c]) * room.scale[c]; };
-    const double mean = detail::sum_in_lanes<double>(channels, scaled) / static_cast<double>(channels);
-    const double squares = detail::sum_in_lanes<double>(channels, [&](index_t c) {
-      const double part = scaled(c) - mean;
+    for (index_t c = 0; c < channels; ++c) {
+      room.scaled[c] = (static_cast<double>(room.row[c]) - room.low[c]) * room.scale[c];
+    }
+    const double* const scaled = room.scaled;
+    const double mean =
+        detail::sum_in_lanes<double>(channels, [=](index_t c) { return scaled[c]; }) / static_cast<double>(channels);
+    const double squares = detail::sum_in_lanes<double>(channels, [=](index_t c) {
+      const double part = scaled[c] - mean;
       return part * part;
     });
     const double deviation = std::sqrt(squares / static_cast<double>(channels - 1));

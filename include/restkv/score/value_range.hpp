@@ -3,6 +3,7 @@
 /// `value_range`: tokens whose value has a large spread between its channels.
 #pragma once
 
+#include <restkv/core/vector_math.hpp>
 #include <restkv/score/head_score.hpp>
 
 #include <algorithm>
@@ -27,18 +28,32 @@ struct value_range {
     const std::span<Real> value = scratch.first(static_cast<std::size_t>(head.head_dim()));
     for (index_t n = 0; n < head.length(); ++n) {
       head.value(n, value);
-      Real low = value.empty() ? Real(0) : value[0];
-      Real high = low;
-      bool numbers = true;
-      for (const Real x : value) {
-        low = std::min(low, x);
-        high = std::max(high, x);
-        numbers = numbers && x == x;
-      }
-      scores[static_cast<std::size_t>(n)] = numbers ? high - low : std::numeric_limits<Real>::quiet_NaN();
+      scores[static_cast<std::size_t>(n)] = range(value.data(), head.head_dim());
     }
   }
   ///@}
+
+ private:
+  template <std::floating_point Real>
+  [[nodiscard]] static Real range(const Real* row, index_t channels) noexcept {
+    if (channels == 0) return 0;
+    Real low[row_lanes];
+    Real high[row_lanes];
+    std::fill(low, low + row_lanes, row[0]);
+    std::fill(high, high + row_lanes, row[0]);
+    const auto take = [&](index_t j, Real x) {
+      low[j] = x < low[j] ? x : low[j];
+      high[j] = x > high[j] ? x : high[j];
+    };
+    index_t c = 0;
+    for (; c + row_lanes <= channels; c += row_lanes) {
+      for (index_t j = 0; j < row_lanes; ++j) take(j, row[c + j]);
+    }
+    for (index_t j = 0; c + j < channels; ++j) take(j, row[c + j]);
+    const Real missing = detail::sum_in_lanes<Real>(channels, [=](index_t i) { return row[i] == row[i] ? Real(0) : Real(1); });
+    if (missing > 0) return std::numeric_limits<Real>::quiet_NaN();
+    return *std::max_element(high, high + row_lanes) - *std::min_element(low, low + row_lanes);
+  }
 };
 
 }  // namespace restkv

@@ -69,7 +69,7 @@ class la_cache_eviction {
       if (index < begin || index >= begin + blocks * block) return true;
       for (index_t k = 0; k < rung; ++k) {
         const index_t offset = index - begin - layer % steps - stride * k;
-        if (offset >= 0 && offset % block == 0 && offset / block < blocks) return true;
+        if (offset >= 0 && offset % block == 0) return true;
       }
       return false;
     }
@@ -149,11 +149,15 @@ struct la_cache {
                            static_cast<long long>(length),
                            static_cast<long long>(std::numeric_limits<position_t>::max()));
     }
-    if (state.cursor < start || state.capacity < cache_size) {
-      return status::error(errc::invalid_argument,
-                           "the state has cursor %lld and capacity %lld, must be at least %lld and %lld",
-                           static_cast<long long>(state.cursor), static_cast<long long>(state.capacity),
-                           static_cast<long long>(start), static_cast<long long>(cache_size));
+    if (state.capacity < cache_size || state.capacity > cache_size + layers) {
+      return status::error(errc::invalid_argument, "the state has capacity %lld, must be within [%lld, %lld]",
+                           static_cast<long long>(state.capacity), static_cast<long long>(cache_size),
+                           static_cast<long long>(cache_size + layers));
+    }
+    if (state.cursor < start || state.cursor > state.capacity - layers) {
+      return status::error(errc::invalid_argument, "the state has cursor %lld, must be within [%lld, %lld]",
+                           static_cast<long long>(state.cursor), static_cast<long long>(start),
+                           static_cast<long long>(state.capacity - layers));
     }
     la_cache_eviction made;
     made.length_ = length;
@@ -182,7 +186,7 @@ struct la_cache {
     state.evicted = true;
     const index_t excess = made.length_ - state.capacity;
     if (excess <= 0) return;
-    const index_t blocks = std::max<index_t>(state.capacity - state.cursor - layers, 0) / r;
+    const index_t blocks = (state.capacity - state.cursor - layers) / r;
     const index_t needed = ceiling(excess, loss);
     made.first_ = {state.cursor, std::min(blocks, needed), b, r, 1, loss + 1};
     if (needed <= blocks) {
