@@ -13,6 +13,7 @@
 #include <restkv/score/caote.hpp>
 #include <restkv/score/defensive_kv.hpp>
 #include <restkv/score/drop_kv.hpp>
+#include <restkv/score/given_attention.hpp>
 #include <restkv/score/keyformer.hpp>
 #include <restkv/score/la_prox.hpp>
 #include <restkv/score/ob_cache.hpp>
@@ -246,6 +247,35 @@ TEST_CASE("observed attention is that of the queries which see a token") {
   check(p, policy_of(observed_attention{}, sum{}, 4), tokens, [&](index_t h, index_t n) {
     return queries_from(tokens - 4, h, n, [](index_t, index_t) { return real(1); });
   });
+}
+
+TEST_CASE("a given attention matrix scores as the attention that it holds") {
+  const problem p(23);
+  for (const index_t rows : {tokens, window, index_t(1)}) {
+    std::vector<double> matrix;
+    for (index_t h = 0; h < query_heads; ++h) {
+      for (index_t t = tokens - rows; t < tokens; ++t) {
+        for (index_t n = 0; n < tokens; ++n) {
+          // What a query does not see must not be read.
+          matrix.push_back(n > t ? std::nan("") : static_cast<double>(p.attention(h, t, n)));
+        }
+      }
+    }
+    const tensor_view<const double, 4> view(matrix.data(), {1, query_heads, rows, tokens});
+    const auto agree = [&](auto temporal) {
+      reference_backend backend;
+      const auto own = select_tokens(backend, policy_of(observed_attention{}, temporal, rows), p.layer);
+      check(p, policy_of(given_attention<decltype(temporal), double>{view, temporal}, mean{}), tokens,
+            [&](index_t h, index_t n) { return real(own.scores_of(0, h)[static_cast<std::size_t>(n)]); });
+    };
+    agree(sum{});
+    agree(ema{.alpha = 0.4f});
+  }
+  const tensor_view<const double, 4> narrow(p.q.data(), {1, query_heads, 1, tokens - 1});
+  plan<decltype(policy_of(given_attention<mean, double>{narrow}, mean{}))> made;
+  CHECK(std::string(make_plan(reference_backend(), policy_of(given_attention<mean, double>{narrow}, mean{}),
+                              shape_of(p.layer), made)
+                        .message()) == "attention has 22 tokens, the plan needs at least 23");
 }
 
 TEST_CASE("rescorers are their published formulas") {
