@@ -309,7 +309,7 @@ class selection_run {
 
   /// Smooths each row, rescores it where asked, and replaces the result by its order keys.
   void rank(bool rescore) const {
-    backend_.parallel_for(rows(), [this, rescore](index_t row) {
+    backend_.parallel_for(rows(), [&](index_t row) {
       const row_problem problem = problem_of(row);
       const auto past = static_cast<std::size_t>(request_.past_of(problem.span.length));
       const real* const scores = score_row(row);

@@ -1,0 +1,153 @@
+// SPDX-License-Identifier: Apache-2.0
+/// @file
+/// `model_plan`: a policy and a budget across layers, validated for a model.
+#pragma once
+
+#include <restkv/model/kept_pool.hpp>
+#include <restkv/model/model_budget.hpp>
+#include <restkv/plan.hpp>
+#include <restkv/score/attention_entropy.hpp>
+#include <restkv/smoothing/mean_variance.hpp>
+
+namespace restkv {
+
+/// A policy with another budget, its other parts as they are.
+template <class Score, class Temporal, class Spatial, class Budget, class Rescoring, budget_allocator Other>
+[[nodiscard]] constexpr eviction_policy<Score, Temporal, Spatial, Other, Rescoring> with_budget(
+    const eviction_policy<Score, Temporal, Spatial, Budget, Rescoring>& policy, const Other& budget) noexcept {
+  return {policy.score,     policy.window, policy.temporal, policy.spatial,    policy.group,
+          policy.rescoring, budget,        policy.protect,  policy.granularity};
+}
+
+/// What `model_selection` needs to know, computed once. A plain value.
+template <class Policy, model_budget Budget>
+struct model_plan {
+  using layer_policy = decltype(with_budget(Policy{}, uniform{}));  ///< how a layer is ranked
+
+  plan<layer_policy> layer{};       ///< of a layer: the policy with the mean budget for each head
+  Budget budget{};                  ///< as it was given
+  index_t entries = 0;              ///< units that a sequence holds at most: what it keeps, and one layer that came in
+  std::size_t state_bytes = 0;      ///< what a model_selection holds from layer to layer
+  std::size_t workspace_bytes = 0;  ///< what it needs besides while a layer comes in
+};
+
+namespace detail {
+
+/// Sums over a layer's attention that a budget may ask for.
+using entropy_request = score_request<attention_entropy, sum>;
+using variance_request = score_request<snap_kv, variance>;
+
+template <class Request, class Policy>
+[[nodiscard]] constexpr Request make_attention_sum(const Policy& policy, const problem_shape& shape) noexcept {
+  return {{}, {}, policy.window, policy.group == group_reduce::none ? group_reduce::none : group_reduce::sum, shape};
+}
+
+/// The memory that a model_selection keeps, carved by the same code when planning and when running.
+template <std::unsigned_integral Key, class ModelPlan>
+struct model_memory {
+  struct span {
+    position_t begin;
+    position_t length;
+  };
+
+  span* spans = nullptr;              // [layers, batch, rows]
+  double* preferences = nullptr;      // [batch, layers]
+  double* entropies = nullptr;        // [batch], of the layer that comes in
+  double* variances = nullptr;        // [batch], likewise
+  index_t* ceilings = nullptr;        // [layers]
+  index_t* counts = nullptr;          // [layers]
+  index_t* totals = nullptr;          // [batch], units that the model keeps
+  index_t* reserved = nullptr;        // [batch], units that a layer to come will hold for good
+  index_t* held = nullptr;            // [batch], units held for good so far
+  index_t* dropped = nullptr;         // [layers], units that the last layer to come in evicted
+  tensor_view<position_t, 3> positions{};       // [batch, heads, tokens]
+  tensor_view<position_t, 3> slot_positions{};  // [batch, heads, tokens]
+  tensor_view<position_t, 2> lengths{};         // [batch, heads]
+  kept_pool<Key>* pools = nullptr;    // [batch]
+
+  model_memory(const ModelPlan& p, workspace& space) noexcept {
+    const problem_shape& shape = p.layer.shape;
+    spans = space.take<span>(shape.layers * shape.batch * p.layer.rows);
+    preferences = space.take<double>(shape.batch * shape.layers);
+    entropies = space.take<double>(shape.batch);
+    variances = space.take<double>(shape.batch);
+    ceilings = space.take<index_t>(shape.layers);
+    counts = space.take<index_t>(shape.layers);
+    totals = space.take<index_t>(shape.batch);
+    reserved = space.take<index_t>(shape.batch);
+    held = space.take<index_t>(shape.batch);
+    dropped = space.take<index_t>(shape.layers);
+    const std::array room{shape.batch, p.layer.heads, shape.tokens};
+    positions = {space.take<position_t>(room[0] * room[1] * room[2]), room};
+    slot_positions = {space.take<position_t>(room[0] * room[1] * room[2]), room};
+    lengths = {space.take<position_t>(room[0] * room[1]), {room[0], room[1]}};
+    pools = space.take<kept_pool<Key>>(shape.batch);
+    for (index_t b = 0; b < shape.batch; ++b) {
+      const kept_pool<Key> pool(shape.layers * p.layer.rows, p.entries, space);
+      if (pools != nullptr) std::construct_at(pools + b, pool);
+    }
+  }
+};
+
+}  // namespace detail
+
+/// Validates a policy and a budget across layers for a model whose layers all have `shape` (shape.layers of them; shape.layer
+/// does not act). The policy's own budget does not act. Nothing is allocated.
+///
+/// Errors: those of `make_plan`; a bad parameter of the budget; one that looks at attention where the policy has no
+/// observation window; `least` and the protected tokens beyond the budget.
+template <tensor_backend Backend, class Policy, model_budget Budget>
+[[nodiscard]] status make_model_plan(const Backend& backend, const Policy& policy, const Budget& budget,
+                                     const problem_shape& shape, model_plan<Policy, Budget>& out) noexcept {
+  const auto ll = [](index_t n) { return static_cast<long long>(n); };
+  RESTKV_RETURN_IF_FAILED(budget.check());
+  model_plan<Policy, Budget> made;
+  made.budget = budget;
+  problem_shape first = shape;
+  first.layer = 0;
+  RESTKV_RETURN_IF_FAILED(make_plan(backend, with_budget(policy, uniform{budget.budget}), first, made.layer));
+  const budget_problem longest = detail::budget_of_span(policy, first, made.layer.rows, shape.tokens);
+  const index_t per_head = budget_size(budget.budget).of(longest);
+  const index_t least = std::min<index_t>(budget.least, longest.candidates);
+  if (longest.protected_tokens() + least > per_head) {
+    return status::error(errc::invalid_argument, "the budget is %lld %s per head, %lld are protected and at least %lld kept",
+                         ll(per_head), longest.unit == 1 ? "tokens" : "chunks or pages", ll(longest.protected_tokens()),
+                         ll(least));
+  }
+  constexpr index_t most_layers = 1 << 20;
+  if (shape.layers > most_layers) {
+    return status::error(errc::invalid_argument, "%lld layers, at most %lld", ll(shape.layers), ll(most_layers));
+  }
+  if (needs_attention<Budget>() && !needs_window<decltype(policy.score)>()) {
+    return status::error(errc::invalid_argument,
+                         "the budget looks at the window's attention: the policy's score must observe a window");
+  }
+  if (needs_attention<Budget>() && policy.window > most_window) {
+    return status::error(errc::invalid_argument,
+                         "the budget looks at the attention of an observation window of at most %lld queries: the policy "
+                         "observes %lld",
+                         ll(most_window), ll(policy.window));
+  }
+  // What is kept, and a whole layer on top of it before the eviction. A shorter sequence may protect a unit more.
+  const index_t whole = made.layer.rows * longest.length;
+  const index_t most = per_head + (longest.unit == 1 ? 0 : 1);
+  made.entries = std::min(shape.layers * whole, shape.layers * made.layer.rows * most + whole);
+  workspace state;
+  const detail::model_memory<order_key_t<typename Backend::score_type>, model_plan<Policy, Budget>> memory(made, state);
+  RESTKV_RETURN_IF_FAILED(state.check());
+  made.state_bytes = state.required_bytes();
+  made.workspace_bytes = made.layer.workspace_bytes;
+  if constexpr (needs_attention<Budget>()) {
+    workspace sums;
+    const auto entropy = detail::make_attention_sum<detail::entropy_request>(policy, first);
+    const auto variance = detail::make_attention_sum<detail::variance_request>(policy, first);
+    typename Backend::template scratch<detail::entropy_request> entropy_scratch(backend, entropy, sums);
+    typename Backend::template scratch<detail::variance_request> variance_scratch(backend, variance, sums);
+    RESTKV_RETURN_IF_FAILED(sums.check());
+    made.workspace_bytes += sums.required_bytes();
+  }
+  out = made;
+  return {};
+}
+
+}  // namespace restkv
