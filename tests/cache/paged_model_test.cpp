@@ -151,6 +151,9 @@ class paged_model {
     std::vector<position_t> positions(static_cast<std::size_t>(heads() * capacity), -5);
     std::vector<position_t> kept_lengths(static_cast<std::size_t>(heads()));
     const index_t kind = pick(random, 0, 9);
+    const bool whole_pages = chance(random, 25);  // the same in all heads of a table
+    std::vector<bool> page_kept(static_cast<std::size_t>(s.tables * s.most_pages));
+    for (std::size_t i = 0; i < page_kept.size(); ++i) page_kept[i] = chance(random, 60);
     for (index_t h = 0; h < heads(); ++h) {
       const index_t length = tables.lengths(b, h / s.heads_per_page);
       const index_t prefix = chance(random, 40) ? pick(random, 0, length) : 0;
@@ -159,41 +162,61 @@ class paged_model {
       const index_t behind_hole = pick(random, hole, length);
       for (index_t n = 0; n < length; ++n) {
         const bool falls = n >= hole ? n < behind_hole : !(kind != 0 && n < prefix) && !chance(random, static_cast<int>(percent));
-        if (falls) continue;
+        const index_t page = h / s.heads_per_page * s.most_pages + n / s.page_size;
+        if (kind >= 2 && whole_pages ? !page_kept[static_cast<std::size_t>(page)] : falls) continue;
         positions[static_cast<std::size_t>(h * capacity + kept_lengths[static_cast<std::size_t>(h)]++)] =
             static_cast<position_t>(n);
       }
     }
     const restkv::const_kept_tokens kept({positions.data(), {1, heads(), capacity}}, {kept_lengths.data(), {1, heads()}});
 
-    // What shared pages hold, how many of them change, and how many own pages are free for that, by definition.
+    // What shared pages hold; which pages are taken over as they are, which are written where they are, how many copies
+    // are needed and how many own pages are free for them: by definition.
     std::map<page_t, std::vector<tag>> shared;
-    index_t copies = 0;
     index_t needed = 0;
+    index_t copies = 0;
+    index_t relinked = 0;
     for (index_t t = 0; t < s.tables; ++t) {
-      const index_t copies_before = copies;
-      index_t idle = 0;
-      for (index_t i = 0; i * s.page_size < tables.lengths(b, t); ++i) {
-        const page_t page = tables.ids(b, t, i);
-        if (pool.references(page) < 2) {
-          bool idles = true;
-          for (index_t h = t * s.heads_per_page; h < (t + 1) * s.heads_per_page; ++h) {
-            idles = idles && kept.lengths(0, h) <= i * s.page_size;
-            for (index_t j = 0; j < kept.lengths(0, h); ++j) idles = idles && kept.positions(0, h, j) / s.page_size != i;
-          }
-          idle += idles ? 1 : 0;
-          continue;
-        }
-        shared.emplace(page, content(page));
-        bool changes = false;
-        for (index_t h = t * s.heads_per_page; h < (t + 1) * s.heads_per_page; ++h) {
+      const index_t first_head = t * s.heads_per_page;
+      const index_t before_pages = restkv::pages_of(tables.lengths(b, t), s.page_size);
+      const auto all_slots = [&](index_t i, const auto& holds) {
+        for (index_t h = first_head; h < first_head + s.heads_per_page; ++h) {
           for (index_t slot = i * s.page_size; slot < std::min<index_t>((i + 1) * s.page_size, kept.lengths(0, h)); ++slot) {
-            changes = changes || kept.positions(0, h, slot) != slot;
+            if (!holds(kept.positions(0, h, slot), slot)) return false;
           }
         }
-        copies += changes ? 1 : 0;
+        return true;
+      };
+      position_t longest = 0;
+      for (index_t h = first_head; h < first_head + s.heads_per_page; ++h) longest = std::max(longest, kept.lengths(0, h));
+      std::set<index_t> gone, mixed;
+      for (index_t i = 0; i < restkv::pages_of(longest, s.page_size); ++i) {
+        index_t from = -1;
+        for (index_t j = 0; j < before_pages; ++j) {
+          if (all_slots(i, [&](index_t position, index_t slot) { return position - j * s.page_size == slot - i * s.page_size; })) {
+            from = j;
+          }
+        }
+        if (from < 0) mixed.insert(i);
+        if (from >= 0) gone.insert(from);
+        relinked += from > i ? 1 : 0;
       }
-      needed += std::max<index_t>(0, copies - copies_before - idle);
+      index_t table_copies = 0;
+      index_t idle = 0;
+      for (index_t i = 0; i < before_pages; ++i) {
+        const page_t page = tables.ids(b, t, i);
+        if (pool.references(page) > 1) shared.emplace(page, content(page));
+        const bool own = pool.references(page) == 1;
+        if (mixed.count(i) > 0 && own && gone.count(i) == 0) continue;  // written where it is
+        table_copies += mixed.count(i) > 0 ? 1 : 0;
+        bool keeps = gone.count(i) > 0;
+        for (index_t h = first_head; h < first_head + s.heads_per_page; ++h) {
+          for (index_t j = 0; j < kept.lengths(0, h); ++j) keeps = keeps || kept.positions(0, h, j) / s.page_size == i;
+        }
+        idle += own && !keeps ? 1 : 0;
+      }
+      copies += table_copies;
+      needed += std::max<index_t>(0, table_copies - idle);
     }
     const state before = now();
     restkv::page_moves moves;
@@ -209,7 +232,8 @@ class paged_model {
     require(needed <= available && static_cast<index_t>(moves.fresh.size()) == needed);
     count(kind == 0 ? "kept none" : kind == 1 ? "kept all" : "evicted");
     if (!moves.fresh.empty()) count("copied to free pages");
-    if (copies > static_cast<index_t>(moves.fresh.size())) count("copied to own pages");
+    if (copies > needed) count("copied to own pages");
+    if (relinked > 0) count("taken over");
     for (const auto& [page, bytes] : shared) {
       require(content(page) == bytes);
       if (pool.references(page) == before.references[static_cast<std::size_t>(page)]) count("stayed shared");
@@ -326,7 +350,7 @@ TEST_CASE("paged sequences grow, fork, shrink and end as lists of tokens do") {
   }
   CHECK(steps >= 100000);
   for (const char* what : {"appended", "no page to append to", "table full", "forked", "evicted", "kept none", "kept all",
-                           "no page to copy to", "copied to free pages", "copied to own pages", "stayed shared", "freed"}) {
+                           "no page to copy to", "copied to free pages", "copied to own pages", "taken over", "stayed shared", "freed"}) {
     INFO(what << ": " << counts[what]);
     CHECK(counts[what] > 50);
   }

@@ -318,6 +318,30 @@ TEST_CASE("layers that share their tables are compacted together") {
   }
 }
 
+TEST_CASE("whole pages are taken over without a copy, shared ones too") {
+  counted_pool counted(4, 4);
+  restkv::page_pool& pool = counted.pool;
+  REQUIRE(pool.share(3).ok());
+  std::vector<page_t> ids{2, 0, 3, 1};
+  std::vector<position_t> lengths{15};
+  const restkv::page_tables tables({ids.data(), {1, 1, 4}}, {lengths.data(), {1, 1}});
+  std::vector<float> memory(4 * 2 * 4);
+  std::iota(memory.begin(), memory.end(), 0.0f);
+  const std::vector<float> before = memory;
+  const tensor_view<float, 4> pages(memory.data(), {4, 2, 4, 1});
+  std::vector<std::byte> plan_memory(restkv::page_moves_bytes(tables));
+  restkv::page_moves moves;
+  const std::vector<position_t> last_two{8, 9, 10, 11, 12, 13, 14};
+  REQUIRE(restkv::compact_pages(pool, written_kept({last_two, last_two}).set(), tables, restkv::workspace(plan_memory), moves,
+                                pages)
+              .ok());
+  CHECK(ids == std::vector<page_t>{3, 1, restkv::no_page, restkv::no_page});
+  CHECK(lengths[0] == 7);
+  CHECK(memory == before);
+  CHECK(pool.references(3) == 2);
+  CHECK(pool.available() == 2);
+}
+
 TEST_CASE("a pool counts references, and refuses what would corrupt it") {
   std::vector<std::byte> memory(restkv::page_pool::required_bytes(3));
   restkv::page_pool pool;
@@ -364,7 +388,7 @@ struct damaged {
   std::vector<float> key_memory, value_memory;
   tensor_view<float, 4> key, value;
   std::vector<std::byte> plan_memory = std::vector<std::byte>(restkv::page_moves_bytes(tables));
-  std::vector<std::vector<position_t>> heads{{1, 5, 9}, {0, 2, 3, 4, 8}};
+  std::vector<std::vector<position_t>> heads{{1, 5, 9}, {0, 2, 3, 4, 9}};
 
   damaged() : key_memory(5 * 2 * 4 * 3), value_memory(5 * 2 * 4 * 2) {
     std::iota(key_memory.begin(), key_memory.end(), 1.0f);

@@ -2,10 +2,11 @@
 /// @file
 /// `plan_page_moves`: which pages a paged cache keeps, leaves and takes when only some tokens are kept.
 ///
-/// A page that anything else refers to is never written. Where all its kept slots would stay as they are it stays, shared;
-/// otherwise its kept tokens are copied to a page that the sequence owns, and the sequence lets go of it. Those pages are
-/// the sequence's own pages that hold no kept token, and when these do not suffice free ones; if there are too few,
-/// nothing is changed.
+/// A page of slots all of whose tokens come from one page, from its beginning on and in every head, is that page: nothing
+/// is copied, and a page that is shared stays shared. A policy that keeps whole pages (`granularity`) moves no token at
+/// all. Other slots are written, and a page that anything else refers to never is: they go to the page they were in when
+/// that is the sequence's own, else to its own pages that hold no kept token, and when these do not suffice to free ones;
+/// if there are too few, nothing is changed. The sequence lets go of every other page.
 #pragma once
 
 #include <restkv/cache/gather.hpp>
@@ -13,6 +14,7 @@
 #include <restkv/core/workspace.hpp>
 
 #include <algorithm>
+#include <cstdint>
 #include <span>
 
 namespace restkv {
@@ -36,12 +38,14 @@ struct page_move_memory {
   position_t* lengths;
   page_t* released;
   page_t* fresh;
+  std::uint8_t* stays;  // [most_pages]
 
   page_move_memory(workspace& memory, const const_page_tables& tables) noexcept
       : ids(memory.take<page_t>(tables.ids.size())),
         lengths(memory.take<position_t>(tables.lengths.size())),
         released(memory.take<page_t>(tables.ids.size())),
-        fresh(memory.take<page_t>(tables.ids.size())) {}
+        fresh(memory.take<page_t>(tables.ids.size())),
+        stays(memory.take<std::uint8_t>(tables.most_pages())) {}
 };
 
 /// The compaction of one table of one sequence.
@@ -69,12 +73,21 @@ struct table_moves {
     }
     return longest;
   }
-  /// That page i of slots holds what it held before. Positions ascend, so the last slot answers for all before it.
-  [[nodiscard]] bool unchanged(index_t i) const noexcept {
-    return all([&](const const_kept_tokens& kept, index_t h) {
-      const index_t end = std::min<index_t>(kept.lengths(b, h), (i + 1) * page_size);
-      return end <= i * page_size || kept.positions(b, h, end - 1) == end - 1;
+  /// The page whose beginning page i of slots is, in all heads that have slots there; -1 where there is no such page.
+  /// Positions ascend, so the first and the last slot answer for those between.
+  [[nodiscard]] index_t taken_over(index_t i) const noexcept {
+    index_t page = -1;
+    const bool one = all([&](const const_kept_tokens& kept, index_t h) {
+      const index_t begin = i * page_size;
+      const index_t end = std::min<index_t>(kept.lengths(b, h), begin + page_size);
+      if (end <= begin) return true;
+      const index_t first = kept.positions(b, h, begin);
+      if (first % page_size != 0 || kept.positions(b, h, end - 1) - first != end - 1 - begin) return false;
+      if (page >= 0 && first / page_size != page) return false;
+      page = first / page_size;
+      return true;
     });
+    return one ? page : -1;
   }
   /// That no head keeps a token of page i.
   [[nodiscard]] bool unkept(index_t i) const noexcept {
@@ -200,17 +213,22 @@ template <page_allocator Allocator>
       made.lengths(b, t) = static_cast<position_t>(length);
       for (index_t i = after; i < tables.most_pages(); ++i) made.ids(b, t, i) = no_page;
       const auto owned = [&](index_t i) { return static_cast<index_t>(allocator.references(tables.ids(b, t, i))) == 1; };
+      std::fill(arrays.stays, arrays.stays + before, std::uint8_t{0});
       index_t copies = 0;
       for (index_t i = 0; i < after; ++i) {
-        const bool stays = owned(i) || table.unchanged(i);
-        made.ids(b, t, i) = stays ? tables.ids(b, t, i) : no_page;
-        if (stays) continue;
-        arrays.released[released++] = tables.ids(b, t, i);
-        ++copies;
+        // A page goes to the slots of its own number or of a smaller one, so by now it is known whether page i went.
+        index_t page = table.taken_over(i);
+        if (page < 0 && owned(i) && arrays.stays[i] == 0) page = i;
+        made.ids(b, t, i) = page < 0 ? no_page : tables.ids(b, t, page);
+        if (page < 0) {
+          ++copies;
+        } else {
+          arrays.stays[page] = 1;
+        }
       }
-      // Own pages without a kept token serve as copies; the others of the tail are let go.
       index_t hole = 0;
-      for (index_t i = before; i-- > after;) {
+      for (index_t i = before; i-- > 0;) {
+        if (arrays.stays[i] != 0) continue;
         if (copies == 0 || !owned(i) || !table.unkept(i)) {
           arrays.released[released++] = tables.ids(b, t, i);
           continue;

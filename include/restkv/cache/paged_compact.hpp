@@ -29,8 +29,8 @@ template <class T>
   return check_disjoint("pages", bytes, "the plan", touched_bytes(moves.ids));
 }
 
-/// Copies the kept tokens of one head in ascending order. A slot's page is the one it had, whose later tokens are read
-/// before they are written since slot <= position, or a page that holds no kept token.
+/// Copies the kept tokens of one head in ascending order. A page that is written is the one its slots had, whose tokens
+/// are read before they are written since slot <= position, or one that holds no kept token.
 template <class T>
 void move_tokens_of_head(const page_moves& moves, const const_kept_tokens& kept, const const_page_tables& tables,
                          const tensor_view<T, 4>& pages, index_t row) noexcept {
