@@ -128,7 +128,7 @@ TEST_CASE("kv_zip: chunk by chunk, each against sinks, chunk and replay") {
   random_engine random(1);
   restkv::reference_backend backend;
   for (const bool plus : {false, true}) {
-    for (const index_t rows : {1, 5, 70}) {  // one row, one block, two blocks that overlap
+    for (const index_t rows : {1, 5, 150}) {  // one row, one block, three blocks of which two overlap
       for (const bool padded : {false, true}) {
         CAPTURE(plus, rows, padded);
         cache_recipe recipe{.batch = 2, .head_dim = 4, .tokens = 23, .strided = true, .chunks = 3};

@@ -277,7 +277,9 @@ TEST_CASE("query_statistics turns queries back, and average_rope turns what come
           moved.first[r] = product(rotation[r], mean);
           for (std::size_t c = 0; c < 6; ++c) {
             for (std::size_t x = 0; x < 6; ++x) {
-              for (std::size_t y = 0; y < 6; ++y) moved.second[r][c] += rotation[r][x] * covariance[x][y] * rotation[c][y];
+              for (std::size_t y = 0; y < 6; ++y) {
+                moved.second[r][c] += rotation[r][x] * covariance[x][y] * rotation[c][y];
+              }
             }
           }
         }
@@ -455,7 +457,7 @@ TEST_CASE("find_q_filters: the leading direction of the queries, towards them") 
       const double sign = product(x, mean) < 0 ? -1 : 1;
       for (std::size_t c = 0; c < 6; ++c) wanted[c] += sign * x[c] / 2;
     }
-    for (std::size_t c = 0; c < 6; ++c) CHECK(static_cast<double>(filters[6 * k + c]) == Approx(wanted[c]).margin(1e-6));
+    for (std::size_t c = 0; c < 6; ++c) CHECK(filters[6 * k + c] == Approx(wanted[c]).margin(1e-6));
   }
   // Two directions of almost the same length.
   std::vector<float> close(4 * 6);

@@ -68,8 +68,8 @@ class outer_product_sum {
 };
 
 /// Replaces a positive definite matrix [size, size] by its factor L, lower triangular with L L^T = matrix.
-/// `least_pivot` is a positive lower bound of the matrix's eigenvalues. No pivot falls below it, nor below what rounding
-/// makes of the diagonal entry, so that a factor exists for every finite matrix. Cost: size^3 / 6 multiply-adds.
+/// `least_pivot` is a positive lower bound of the matrix's eigenvalues. No pivot falls below it, nor below the rounding
+/// of its diagonal entry, so that a factor exists for every finite matrix. Cost: size^3 / 6 multiply-adds.
 inline void cholesky_factor(double* matrix, index_t size, double least_pivot) noexcept {
   for (index_t i = 0; i < size; ++i) {
     double* const row = matrix + i * size;

@@ -19,7 +19,7 @@ namespace restkv {
 /// Partial sums of a row: element c goes to sum c modulo this number.
 inline constexpr index_t row_lanes = 16;
 
-/// `count` elements from `row` as Real, exactly, into `out`: `widen` of each, in a form that vector units execute. [count]
+/// `count` elements from `row` into `out`: `widen` of each, in a form that vector units execute. [count]
 template <element T, std::floating_point Real>
 void widen_row(const T* row, Real* out, index_t count) noexcept {
   if constexpr (std::is_same_v<T, half>) {

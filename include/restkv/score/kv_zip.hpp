@@ -112,8 +112,7 @@ class kv_zip_run {
     problem_shape made = shape_of(layer_);
     made.batch = 1;
     made.query_heads = replay_.query.extent(1);
-    made.tokens = std::clamp<index_t>(chunk_.sink, 0, made.tokens) + std::clamp<index_t>(chunk_.length, 0, made.tokens) +
-                  replay_.query.extent(2);
+    made.tokens = std::min(chunk_.sink, made.tokens) + std::min(chunk_.length, made.tokens) + replay_.query.extent(2);
     return made;
   }
   [[nodiscard]] index_t parts() const noexcept {
@@ -238,9 +237,9 @@ template <tensor_backend Backend, element T>
 }
 
 /// KVzip (arXiv 2505.23416): what a token is worth is the most attention that any query pays it while the model repeats
-/// the prompt. The prompt is repeated in chunks (of 2048 tokens in the paper); a chunk's queries see the sinks, the chunk
-/// and the replay up to themselves, and score[n] = max over the KV head's query heads h and the replayed queries t of
-/// A[h, t, n]. With `hidden_norm` it is KVzip+: A[h, t, n] ||W[h] v[n]|| / ||h_t||.
+/// the prompt. The prompt is repeated in chunks (of 2048 tokens in the paper); a chunk's queries see the sinks, the
+/// chunk and the replay up to themselves, and score[n] = max over the KV head's query heads h and the replayed queries
+/// t of A[h, t, n]. With `hidden_norm` it is KVzip+: A[h, t, n] ||W[h] v[n]|| / ||h_t||.
 ///
 /// layer: the prompt's cache, with `lengths` where sequences are padded; for KVzip+ with its metric (see
 /// `output_metric`). scores: [batch, kv_heads, tokens], beside the layer's token axis; those of the chunk's tokens are

@@ -23,10 +23,10 @@ namespace restkv {
 /// The sinks, the last whole chunk and what is left behind it score 1. A head shorter than sink + 2 lag has no chunk to
 /// compare with: its sinks score 1 and the other tokens i / (length - sink), i counted from the first of them.
 ///
-/// Ties in a chunk rank the earlier token higher. A channel without a range (max = min) counts 0 for all tokens. A token
-/// whose key or value is not finite scores NaN and takes no part in ranges, shares and ranks. Cost: two passes over
-/// keys and over values, the second from a chunk that was read just before, 6 d operations each; scratch of 8 lag + 7 d
-/// elements.
+/// Ties in a chunk rank the earlier token higher. A channel without a range (max = min) counts 0 for all tokens. A
+/// token whose key or value is not finite scores NaN and takes no part in ranges, shares and ranks. Cost: two passes
+/// over keys and over values, the second from a chunk that was read just before, 6 d operations each; scratch of
+/// 8 lag + 7 d elements.
 struct lag_kv {
   index_t sink = 4;            ///< first tokens, which are left alone
   index_t lag = 128;           ///< tokens of a chunk
@@ -66,9 +66,15 @@ struct lag_kv {
       return;
     }
     scratch_rows<Real> memory(scratch);
-    const rows<Real> room{memory.take_doubles(lag), memory.take_doubles(lag), memory.take_doubles(lag),
-                          memory.take_doubles(lag), memory.take_doubles(head.head_dim()),
-                          memory.take_doubles(head.head_dim()), memory.take_doubles(head.head_dim()), memory.take(head.head_dim())};
+    const index_t channels = head.head_dim();
+    const rows<Real> room{.shares = memory.take_doubles(lag),
+                          .other = memory.take_doubles(lag),
+                          .sorted = memory.take_doubles(lag),
+                          .used = memory.take_doubles(lag),
+                          .low = memory.take_doubles(channels),
+                          .scale = memory.take_doubles(channels),
+                          .scaled = memory.take_doubles(channels),
+                          .row = memory.take(channels)};
     const index_t chunks = (length - sinks) / lag;
     for (index_t i = 0; i + 1 < chunks; ++i) {
       const index_t first = sinks + i * lag;

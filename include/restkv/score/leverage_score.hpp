@@ -25,7 +25,7 @@ namespace restkv {
 /// matrix. Ties go to the smaller index.
 ///
 /// Cost: three passes over the keys. With k = sketch: 2 d k + k^2 multiply-adds a token in double; exact: d^2.
-/// Scratch of 2 k^2 + 2 d k + 12 (d + k) elements for doubles, exact 2 d^2 + 12 d.
+/// Scratch of about 2 k (k + d) elements, exact 2 d^2.
 struct leverage_score {
   index_t sketch = 48;        ///< columns of the random matrix; 0: exact
   double ridge = 0.01;        ///< added to the matrix's diagonal

@@ -50,7 +50,8 @@ struct value_range {
       for (index_t j = 0; j < row_lanes; ++j) take(j, row[c + j]);
     }
     for (index_t j = 0; c + j < channels; ++j) take(j, row[c + j]);
-    const Real missing = detail::sum_in_lanes<Real>(channels, [=](index_t i) { return row[i] == row[i] ? Real(0) : Real(1); });
+    const auto is_nan = [=](index_t i) { return row[i] == row[i] ? Real(0) : Real(1); };
+    const Real missing = detail::sum_in_lanes<Real>(channels, is_nan);
     if (missing > 0) return std::numeric_limits<Real>::quiet_NaN();
     return *std::max_element(high, high + row_lanes) - *std::min_element(low, low + row_lanes);
   }

@@ -89,11 +89,12 @@ class la_cache_eviction {
 /// r = min(ceil(p / (p - v)), b) are kept; layer i keeps the r that begin i mod (b - r + 1) behind the block's first.
 /// A cache of S > C tokens must lose S - C: blocks from the cursor on are thinned until enough are gone, and the cursor
 /// moves behind what was kept. When fewer blocks are left than that takes, all that are left are thinned, and the
-/// ladder starts over behind the first `start` tokens: runs of r tokens, t = ceil(left / ((C - start - N) / r * (b - r)))
-/// apart, out of blocks of b + (t - 1) (b - 1). A rung that would lie behind the cache's end is left out.
+/// ladder starts over behind the first `start` tokens: r tokens, t = ceil(left / ((C - start - N) / r * (b - r)))
+/// apart, out of blocks of b + (t - 1) (b - 1). A rung that would lie behind the cache's end is left out; a cache that was
+/// many times too long may thus lose its newest tokens: protect them.
 ///
-/// With `compensation` the first eviction adds (b - r) / 2 to the capacity, for good: thinning whole blocks removes more
-/// than asked.
+/// With `compensation` the first eviction adds (b - r) / 2 to the capacity, for good: thinning whole blocks removes
+/// more than asked.
 ///
 /// Call `evict` once for all layers whenever tokens were added; each layer then asks `keep`. Cost: r operations a token
 /// and layer. Nothing is allocated, nothing random.
