@@ -130,7 +130,8 @@ template <class Policy>
 
 /// The first difference between a layer of a session and of the naive one; empty where there is none.
 template <class Session>
-[[nodiscard]] std::string difference(const Session& session, index_t l, const naive_layer& naive) {
+[[nodiscard]] std::string difference(const Session& session, index_t l, const naive_layer& naive,
+                                     double tolerance = 1e-12) {
   if (session.tokens_seen(l) != naive.seen) return "tokens seen";
   if (session.evictions(l) != naive.evictions) return "evictions";
   const auto cache = session.cache(l);
@@ -153,7 +154,7 @@ template <class Session>
           const double wanted = tokens[n].running[static_cast<std::size_t>(j)];
           const double found = session.running_score_of(l, h * group + j, slot);
           const double scored = session.plan_of().policy.running.score(wanted, tokens[n].observers);
-          if (!(std::fabs(found - scored) <= 1e-12 * (1 + std::fabs(scored)))) return "running score";
+          if (!(std::fabs(found - scored) <= tolerance * (1 + std::fabs(scored)))) return "running score";
         }
       }
     }
