@@ -3,6 +3,9 @@
 #include "support/arranged_layer.hpp"
 #include "support/check_error.hpp"
 
+#include <restkv/model/cake_budget.hpp>
+#include <restkv/model/global_budget.hpp>
+#include <restkv/model/lava_budget.hpp>
 #include <restkv/model/model_selection.hpp>
 #include <restkv/reference/backend.hpp>
 #include <restkv/rescoring/lava.hpp>

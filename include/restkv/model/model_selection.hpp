@@ -22,8 +22,8 @@ namespace restkv {
 /// own), and where heads of a ragged cache do not compete. Ties go to the smaller layer, head and position; NaN scores are
 /// chosen last.
 ///
-/// What it holds is 12 bytes for each unit that the model keeps (16 with double scores), and the order keys of one layer.
-/// Cost: that of ranking the layers; after each, 3 passes over what is held.
+/// It holds 12 bytes for each unit that the model keeps and for each of one whole layer (16 with double scores), and 8 for
+/// each token of a layer's heads. Cost: that of ranking the layers; after each, 3 passes over what is held.
 template <tensor_backend Backend, class Policy, model_budget Budget>
 class model_selection {
   using real = typename Backend::score_type;
