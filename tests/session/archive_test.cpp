@@ -346,6 +346,27 @@ TEST_CASE("damaged bytes are refused, and the session stays as it is") {
   layers[16] = std::byte{9};
   sign(layers);
   check_error(restkv::restore(target.session, layers), errc::shape_mismatch, {9, 2}, "layers");
+  // Layer 0 begins behind 72 bytes; its positions behind 3 counts and 2 lengths.
+  const auto forge = [&](std::size_t at, std::int32_t number) {
+    auto forged = bytes;
+    for (std::size_t i = 0; i < 4; ++i) forged[at + i] = static_cast<std::byte>(static_cast<std::uint32_t>(number) >> (8 * i) & 0xff);
+    sign(forged);
+    return restkv::restore(target.session, forged);
+  };
+  constexpr std::size_t positions = 72 + 24 + 8;
+  const auto length = static_cast<std::size_t>(source.session.length(0, 0));
+  const index_t second = source.session.positions(0, 0)[1];
+  CHECK(forge(positions, 0).ok());  // as it was: a sink
+  check_error(forge(positions + 8, static_cast<std::int32_t>(second)), errc::invalid_argument, {second, 2}, "position");
+  check_error(forge(positions + 4 * (length - 1), 25), errc::invalid_argument, {25}, "position");
+  check_error(forge(positions, -1), errc::invalid_argument, {-1}, "position");
+  const std::size_t observers = positions + length * (4 + 2 * channels * 4);
+  CHECK(forge(observers, 25).ok());
+  check_error(forge(observers, 26), errc::invalid_argument, {26, 25}, "seen");
+  check_error(forge(observers, -1), errc::invalid_argument, {-1, 25}, "seen");
+  check_error(forge(72 + 24, -1), errc::invalid_argument, {-1}, "head 0");
+  check_error(forge(72, -1), errc::invalid_argument, {}, "seen");
+
   auto sum = bytes;
   sum.back() ^= std::byte{1};
   check_error(restkv::restore(target.session, sum), errc::invalid_argument, {}, "checksum");

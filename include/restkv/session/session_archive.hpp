@@ -228,11 +228,12 @@ class session_archive {
                            ll(seen), ll(counts[1]), ll(counts[2]));
     }
     const std::byte* const lengths = bytes.data() + at + 3 * 8;
-    const auto length = [&](index_t h) -> index_t {
+    const auto number_at = [](const std::byte* numbers, index_t i) -> index_t {
       std::int32_t number = 0;
-      detail::copy_little_endian(lengths + 4 * h, &number, 1);
+      detail::copy_little_endian(numbers + 4 * i, &number, 1);
       return number;
     };
+    const auto length = [&](index_t h) { return number_at(lengths, h); };
     for (index_t h = 0; h < shape.kv_heads; ++h) {
       const index_t most = std::min(seen, shape.tokens - to.plan_.policy.speculation);
       if (length(h) >= 0 && length(h) <= most) continue;
@@ -248,8 +249,7 @@ class session_archive {
     for (index_t h = 0; h < shape.kv_heads; ++h) {
       index_t previous = -1;
       for (index_t i = 0; i < length(h); ++i) {
-        position_t position = 0;
-        detail::copy_little_endian(next + 4 * i, &position, 1);
+        const index_t position = number_at(next, i);
         if (position <= previous || position >= seen) {
           return status::error(errc::invalid_argument,
                                "position %lld in slot %lld of head %lld of the serialised layer %lld: must be above %lld and "
@@ -258,8 +258,16 @@ class session_archive {
         }
         previous = position;
       }
-      const bool running = detail::runs<typename SessionPolicy::running_type>;
-      next += (4 + 2 * shape.head_dim * static_cast<index_t>(sizeof(T)) + (running ? 4 : 0)) * length(h);
+      next += (4 + 2 * shape.head_dim * static_cast<index_t>(sizeof(T))) * length(h);
+      if (!detail::runs<typename SessionPolicy::running_type>) continue;
+      for (index_t i = 0; i < length(h); ++i) {
+        const index_t observers = number_at(next, i);
+        if (observers >= 0 && observers <= seen) continue;
+        return status::error(errc::invalid_argument,
+                             "slot %lld of head %lld of the serialised layer %lld was seen by %lld of %lld queries", ll(i),
+                             ll(h), ll(l), ll(observers), ll(seen));
+      }
+      next += 4 * length(h);
     }
     at += size;
     return {};
