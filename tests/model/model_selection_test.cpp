@@ -287,7 +287,7 @@ bool check_cascade(const Policy& policy, const Budget& budget, const random_mode
   model_plan<Policy, Budget> plan;
   if (!make_model_plan(backend, policy, budget, shape_of(model.view(0), 0, count), plan).ok()) return false;
   std::vector<std::byte> state(plan.state_bytes), space(plan.workspace_bytes);
-  model_selection<reference_backend, Policy, Budget> selection(plan, workspace(state));
+  model_selection selection(backend, plan, workspace(state));
   std::vector<std::vector<layer_model>> models;  // [batch][layer]
   models.resize(static_cast<std::size_t>(model.sizes.batch));
   std::map<std::array<index_t, 3>, std::vector<index_t>> caches;  // (layer, sequence, head) -> positions, compacted
@@ -425,8 +425,7 @@ TEST_CASE("32 layers: the model never holds more than its budget, and all of it 
     model_plan<std::remove_cvref_t<decltype(policy)>, std::remove_cvref_t<decltype(budget)>> plan;
     throw_if_failed(make_model_plan(backend, policy, budget, shape, plan));
     std::vector<std::byte> state(plan.state_bytes), space(plan.workspace_bytes);
-    model_selection<reference_backend, std::remove_cvref_t<decltype(policy)>, std::remove_cvref_t<decltype(budget)>>
-        selection(plan, workspace(state));
+    model_selection selection(backend, plan, workspace(state));
     const index_t whole = 32 * 2 * budget.budget.tokens;
     std::vector<index_t> before(64, 1000);
     for (index_t l = 0; l < 32; ++l) {
@@ -480,7 +479,7 @@ TEST_CASE("layers that differ in length: never beyond the budget, nothing comes 
     model_plan<lava_policy, lava_budget> plan;
     if (!make_model_plan(backend, policy, budget, shape_of(model.view(0), 0, model.count()), plan).ok()) continue;
     std::vector<std::byte> state(plan.state_bytes), space(plan.workspace_bytes);
-    model_selection<reference_backend, lava_policy, lava_budget> selection(plan, workspace(state));
+    model_selection selection(backend, plan, workspace(state));
     std::map<std::array<index_t, 3>, std::vector<index_t>> before;
     for (index_t l = 0; l < model.count(); ++l) {
       if (!selection.add_layer(backend, model.view(l), workspace(space)).ok()) break;
@@ -544,7 +543,7 @@ TEST_CASE("equal scores: ties go to the smaller layer, head and position") {
   model_plan<cake_policy, global_budget> plan;
   throw_if_failed(make_model_plan(backend, policy, global_budget{.budget = 9}, shape_of(model.view(0), 0, 3), plan));
   std::vector<std::byte> state(plan.state_bytes), space(plan.workspace_bytes);
-  model_selection<reference_backend, cake_policy, global_budget> selection(plan, workspace(state));
+  model_selection selection(backend, plan, workspace(state));
   for (index_t l = 0; l < 3; ++l) throw_if_failed(selection.add_layer(backend, model.view(l), workspace(space)));
   // 3 * 2 * 9 = 54 tokens, 6 of them protected: 19 for each of the first two heads, 10 for the third.
   const index_t lengths[] = {20, 20, 11, 1, 1, 1};
@@ -599,11 +598,10 @@ TEST_CASE("a model that cannot be planned says why") {
   model_plan<cake_policy, global_budget> plan;
   throw_if_failed(make_model_plan(backend, policy, global_budget{.budget = 20}, shape_of(model.view(0), 0, 2), plan));
   std::vector<std::byte> state(plan.state_bytes), space(plan.workspace_bytes);
-  using selection_t = model_selection<reference_backend, cake_policy, global_budget>;
-  selection_t starved(plan, workspace(state.data(), 100));
+  model_selection starved(backend, plan, workspace(state.data(), 100));
   CHECK(starved.begin().code() == errc::workspace_too_small);
   CHECK(starved.add_layer(backend, model.view(0), workspace(space)).code() == errc::workspace_too_small);
-  selection_t selection(plan, workspace(state));
+  model_selection selection(backend, plan, workspace(state));
   CHECK(selection.add_layer(backend, model.view(0), workspace(space.data(), 10)).code() == errc::workspace_too_small);
   CHECK(selection.layers() == 0);
   throw_if_failed(selection.add_layer(backend, model.view(0), workspace(space)));

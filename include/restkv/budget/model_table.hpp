@@ -16,7 +16,9 @@ struct model_table {
   tensor_view<const T, 2> values{};  ///< [layers, heads]
 
   constexpr model_table() = default;
-  /// A table in memory of your own.
+  /// A dense table, one layer behind the other.
+  constexpr model_table(const T* data, index_t layers, index_t heads) noexcept : values(data, {layers, heads}) {}
+  /// A table in memory of your own, with any strides.
   constexpr model_table(const tensor_view<const T, 2>& view) noexcept  // NOLINT(google-explicit-constructor)
       : values(view) {}
   /// The same of elements that may be written.

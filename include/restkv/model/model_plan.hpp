@@ -150,4 +150,17 @@ template <tensor_backend Backend, class Policy, model_budget Budget>
   return {};
 }
 
+#if RESTKV_EXCEPTIONS
+
+/// `make_model_plan` that throws `restkv::error`.
+template <tensor_backend Backend, class Policy, model_budget Budget>
+[[nodiscard]] model_plan<Policy, Budget> make_model_plan(const Backend& backend, const Policy& policy,
+                                                         const Budget& budget, const problem_shape& shape) {
+  model_plan<Policy, Budget> made;
+  throw_if_failed(make_model_plan(backend, policy, budget, shape, made));
+  return made;
+}
+
+#endif
+
 }  // namespace restkv

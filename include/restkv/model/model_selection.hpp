@@ -32,9 +32,10 @@ class model_selection {
   using memory_t = detail::model_memory<key_t, plan_t>;
 
  public:
-  /// Begins with no layer. `state` has plan.state_bytes and must live as long as this object; `begin` says whether it is
-  /// large enough.
-  model_selection(const plan_t& plan, workspace state) noexcept : plan_(plan), memory_(plan_, state), fits_(state.check()) {
+  /// Begins with no layer, for a plan made for the backend. `state` has plan.state_bytes and must live as long as this object;
+  /// `begin` says whether it is large enough.
+  model_selection(const Backend&, const model_plan<Policy, Budget>& plan, workspace state) noexcept
+      : plan_(plan), memory_(plan_, state), fits_(state.check()) {
     if (fits_.ok()) forget();
   }
   model_selection(const model_selection&) = delete;             ///< two would write to the same state
