@@ -77,11 +77,16 @@ struct random_cache {
   random_cache(const random_cache&) = delete;
   random_cache& operator=(const random_cache&) = delete;
 
+  /// The first token of a sequence on the token axis.
+  [[nodiscard]] index_t begin_of(index_t b) const {
+    if (lengths.empty() || layer.pad == restkv::padding::right) return 0;
+    return key.view().extent(2) - lengths[static_cast<std::size_t>(b)];
+  }
   /// A head's rows, by a way of its own.
   [[nodiscard]] matrix rows(const guarded_tensor<T, 4>& cache, index_t b, index_t h) const {
     const index_t tokens = cache.view().extent(2);
     const index_t length = lengths.empty() ? tokens : lengths[static_cast<std::size_t>(b)];
-    const index_t begin = layer.pad == restkv::padding::left ? tokens - length : 0;
+    const index_t begin = begin_of(b);
     matrix out;
     for (index_t n = begin; n < begin + length; ++n) {
       out.emplace_back();
@@ -177,7 +182,8 @@ void check_row(const std::vector<Real>& got, const row& wanted, double tolerance
   CHECK(error <= tolerance * largest);
 }
 
-/// Runs a score in float and double on every head of a cache. oracle(keys, values, batch, query head) gives the row.
+/// Runs a score in float and double on every head of a cache. oracle(keys, values, batch, query head),
+/// or with the sequence's first token on the token axis behind them, gives the row.
 template <class T, class Score, class Oracle>
 void check_cache(const Score& score, const random_cache<T>& cache, const Oracle& oracle, double float_tolerance) {
   static_assert(restkv::head_score<Score> && std::is_trivially_copyable_v<Score>);
@@ -186,7 +192,15 @@ void check_cache(const Score& score, const random_cache<T>& cache, const Oracle&
     for (index_t h = 0; h < cache.shape.query_heads; h += step) {
       CAPTURE(b, h);
       const index_t kv = h / cache.shape.group();
-      const row wanted = oracle(cache.rows(cache.key, b, kv), cache.rows(cache.value, b, kv), b, h);
+      const auto ask = [&](const auto&... more) {
+        return oracle(cache.rows(cache.key, b, kv), cache.rows(cache.value, b, kv), b, h, more...);
+      };
+      row wanted;
+      if constexpr (std::is_invocable_v<Oracle, matrix, matrix, index_t, index_t, index_t>) {
+        wanted = ask(cache.begin_of(b));
+      } else {
+        wanted = ask();
+      }
       check_row(scores_of<double>(score, cache.layer, cache.shape, b, h), wanted, 1e-9);
       check_row(scores_of<float>(score, cache.layer, cache.shape, b, h), wanted, float_tolerance);
     }

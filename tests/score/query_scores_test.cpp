@@ -4,6 +4,7 @@
 #include "support/check_error.hpp"
 
 #include <restkv/score/cap_kv.hpp>
+#include <restkv/score/compactor.hpp>
 #include <restkv/score/expected_attention.hpp>
 #include <restkv/score/given_scores.hpp>
 #include <restkv/score/q_filter.hpp>
@@ -475,6 +476,151 @@ TEST_CASE("find_q_filters: the leading direction of the queries, towards them") 
   CHECK(filters == std::vector<float>(12, 0.0f));
 }
 
+namespace {
+
+/// Every query of a plan, with its memory; some are not finite.
+struct every_query_of {
+  every_query_of(random_engine& random, const problem_shape& shape)
+      : query(random, {shape.batch, shape.query_heads, shape.tokens, shape.head_dim}, {.reversed_axes = true}) {
+    for_each(query.view(), [&](half& x) { x = half(static_cast<float>(0.5 * normal(random))); });
+    if (query.view().size() > 8) query.view()(0, 0, shape.tokens / 2, 0) = half(std::nanf(""));
+  }
+  guarded_tensor<half, 4> query;
+};
+
+/// Column sums of the softmax over a chunk, mean over the group, times ||v||; NaN for what is left out.
+row plain_non_causal(const restkv::non_causal_attention<half>& how, const problem_shape& shape, index_t begin,
+                     const matrix& keys, const matrix& values, index_t b, index_t kv) {
+  const auto length = static_cast<index_t>(keys.size());
+  const index_t first = std::min(how.sink, length);
+  const index_t end = std::max(first, length - how.recent);
+  row out(keys.size(), not_a_number);
+  for (index_t n = first; n < end; ++n) {
+    const row& k = keys[static_cast<std::size_t>(n)];
+    const row& v = values[static_cast<std::size_t>(n)];
+    if (!finite(k) || !finite(v)) continue;
+    const index_t chunk = first + (n - first) / how.chunk * how.chunk;
+    double sum = 0;
+    for (index_t h = kv * shape.group(); h < (kv + 1) * shape.group(); ++h) {
+      for (index_t t = chunk; t < std::min(chunk + how.chunk, end); ++t) {
+        const row q = query_of(how.query, b, h, begin + t);
+        if (!finite(q)) continue;
+        double total = 0;
+        for (index_t m = chunk; m < std::min(chunk + how.chunk, end); ++m) {
+          const row& other = keys[static_cast<std::size_t>(m)];
+          if (finite(other) && finite(values[static_cast<std::size_t>(m)])) total += std::exp(product(q, other));
+        }
+        sum += std::exp(product(q, k)) / total;
+      }
+    }
+    out[static_cast<std::size_t>(n)] = sum / static_cast<double>(shape.group()) * length_of(v);
+  }
+  return out;
+}
+
+void plain_standardise(row& x) {
+  double count = 0;
+  double mean = 0;
+  for (const double e : x) {
+    if (std::isnan(e)) continue;
+    ++count;
+    mean += e;
+  }
+  mean /= count;
+  double squares = 0;
+  for (const double e : x) squares += std::isnan(e) ? 0 : (e - mean) * (e - mean);
+  for (double& e : x) e = (e - mean) / std::max(1e-6, std::sqrt(squares / std::max(count - 1, 1.0)));
+}
+
+/// What is left out becomes the largest of the others.
+row with_ends(const row& scores, index_t sink, index_t recent, double lowest) {
+  const auto length = static_cast<index_t>(scores.size());
+  const index_t first = std::min(sink, length);
+  const index_t end = std::max(first, length - recent);
+  double most = lowest;
+  for (index_t n = first; n < end; ++n) {
+    const double score = scores[static_cast<std::size_t>(n)];
+    most = std::isnan(score) ? most : std::max(most, score);
+  }
+  row out = scores;
+  for (index_t n = 0; n < length; ++n) {
+    if (n < first || n >= end) out[static_cast<std::size_t>(n)] = first == end || most == std::numeric_limits<double>::lowest() ? 0 : most;
+  }
+  return out;
+}
+
+}  // namespace
+
+TEST_CASE("non_causal_attention") {
+  random_engine random(14);
+  std::vector<std::unique_ptr<every_query_of>> owners;
+  restkv::non_causal_attention<half> last;
+  for (const index_t chunk : {1, 7, 256}) {
+    const auto make = [&](const problem_shape& shape) {
+      owners.push_back(std::make_unique<every_query_of>(random, shape));
+      return last = {.query = owners.back()->query.read(), .chunk = chunk, .sink = chunk == 7 ? 2 : 0,
+                     .recent = chunk == 7 ? 3 : 0};
+    };
+    const auto make_oracle = [&](const problem_shape& shape) {
+      return [&, shape](const matrix& keys, const matrix& values, index_t b, index_t h, index_t begin) {
+        return with_ends(plain_non_causal(last, shape, begin, keys, values, b, h / shape.group()), last.sink,
+                         last.recent, 0);
+      };
+    };
+    check_score(make, make_oracle, 1e-4);
+  }
+}
+
+TEST_CASE("compactor: leverage and non-causal attention of the same tokens, each standardised") {
+  random_engine random(15);
+  std::vector<std::unique_ptr<every_query_of>> owners;
+  restkv::compactor<half> last;
+  const auto make = [&](const problem_shape& shape) {
+    owners.push_back(std::make_unique<every_query_of>(random, shape));
+    last.attention.query = owners.back()->query.read();
+    last.attention.chunk = 16;
+    last.attention.sink = 3;
+    last.attention.recent = 2;
+    return last;
+  };
+  const auto make_oracle = [&](const problem_shape& shape) {
+    return [&, shape](const matrix& keys, const matrix& values, index_t b, index_t h, index_t begin) {
+      row attended = plain_non_causal(last.attention, shape, begin, keys, values, b, h / shape.group());
+      const row raw = attended;
+      for (std::size_t n = 0; n < raw.size(); ++n) {
+        for (const std::size_t other : {n - 1, n + 1}) {
+          if (other < raw.size() && !std::isnan(raw[other])) attended[n] += raw[other];
+        }
+        attended[n] /= 3;
+      }
+      plain_standardise(attended);
+      // The leverage is checked by itself: here, of a cache that is cut to the same tokens.
+      const auto length = static_cast<index_t>(keys.size());
+      const index_t first = std::min<index_t>(3, length);
+      const index_t end = std::max(first, length - 2);
+      std::vector<double> middle;
+      for (index_t n = first; n < end; ++n) {
+        const row& k = keys[static_cast<std::size_t>(n)];
+        middle.insert(middle.end(), k.begin(), k.end());
+      }
+      middle.resize(std::max<std::size_t>(middle.size(), 1));
+      restkv::layer_view<double> cut;
+      // The same draws: batch and head are taken from the plan, so the views repeat.
+      cut.key = tensor_view<const double, 4>(middle.data(), {shape.batch, shape.kv_heads, end - first, shape.head_dim},
+                                             {0, 0, shape.head_dim, 1});
+      row leverage = scores_of<double>(last.leverage, cut, shape, b, h);
+      plain_standardise(leverage);
+      row out(keys.size(), not_a_number);
+      for (index_t n = first; n < end; ++n) {
+        out[static_cast<std::size_t>(n)] =
+            0.35 * leverage[static_cast<std::size_t>(n - first)] + attended[static_cast<std::size_t>(n)];
+      }
+      return with_ends(out, 3, 2, std::numeric_limits<double>::lowest());
+    };
+  };
+  check_score(make, make_oracle, 1e-3);
+}
+
 TEST_CASE("given_scores: elements of the array, at the token axis") {
   random_engine random(11);
   const random_cache<half> cache(
@@ -538,6 +684,20 @@ TEST_CASE("Statistics, filters and arrays that do not fit are refused, with both
               errc::shape_mismatch, {2, 4}, "query heads");
   check_error(restkv::given_scores<>{{numbers.data(), {2, 2, 29}}}.check(shape), errc::shape_mismatch, {29, 30},
               "tokens");
+  std::vector<half> all(2 * 4 * 30 * 6);
+  const restkv::non_causal_attention<half> within{.query = {all.data(), {2, 4, 30, 6}}};
+  CHECK(within.check(shape).ok());
+  CHECK(restkv::compactor<half>{.attention = within}.check(shape).ok());
+  check_error(restkv::non_causal_attention<half>{}.check(shape), errc::missing_input, {}, "queries");
+  check_error(restkv::non_causal_attention<half>{.query = {all.data(), {2, 4, 29, 6}}}.check(shape),
+              errc::shape_mismatch, {29, 30}, "rows");
+  check_error(restkv::compactor<half>{.attention = {.query = {all.data(), {2, 3, 30, 6}}}}.check(shape),
+              errc::shape_mismatch, {3, 4}, "heads");
+  check_error(restkv::non_causal_attention<>{.chunk = 0}.check(), errc::invalid_argument, {0, 1}, "chunk");
+  check_error(restkv::non_causal_attention<>{.recent = -1}.check(), errc::invalid_argument, {0, -1}, "recent");
+  check_error(restkv::compactor<>{.blending = -1}.check(), errc::invalid_argument, {-1, 0}, "blending");
+  check_error(restkv::compactor<>{.leverage = {.ridge = 0}}.check(), errc::invalid_argument, {0}, "ridge");
+  CHECK(restkv::compactor<>{}.check().ok());
   check_error(restkv::q_filter{}.check(shape), errc::missing_input, {}, "filters");
   check_error(restkv::q_filter{{numbers.data(), {2, 7}}}.check(shape), errc::shape_mismatch, {2, 7, 6}, "filters");
 

@@ -14,6 +14,32 @@
 
 namespace restkv {
 
+namespace detail {
+
+/// Subtracts the mean of what is not NaN and divides by its standard deviation (by n - 1), which is taken to be at
+/// least 1e-6.
+template <std::floating_point Real>
+void standardise(std::span<Real> scores) noexcept {
+  double sum = 0;
+  double count = 0;
+  for (const Real score : scores) {
+    if (score != score) continue;
+    sum += static_cast<double>(score);
+    ++count;
+  }
+  if (count == 0) return;
+  const double mean = sum / count;
+  double squares = 0;
+  for (const Real score : scores) {
+    const double part = static_cast<double>(score) - mean;
+    if (score == score) squares += part * part;
+  }
+  const double deviation = std::max(std::sqrt(squares / std::max(count - 1, 1.0)), 1e-6);
+  for (Real& score : scores) score = static_cast<Real>((static_cast<double>(score) - mean) / deviation);
+}
+
+}  // namespace detail
+
 /// score = x^T (X^T X + ridge I)^-1 x, in [0, 1), with the rows x of X the head's keys less their mean (Compactor,
 /// arXiv 2507.08143). With `sketch` > 0 every x is first multiplied by a random matrix [d, sketch] of entries
 /// +-1 / sqrt(sketch), drawn by a counter from `seed`, layer, sequence and head: the same bits on every machine, where
@@ -54,6 +80,15 @@ struct leverage_score {
 
   template <element T, std::floating_point Real>
   void score_head(const head_view<T>& head, std::span<Real> scores, std::span<Real> scratch) const noexcept {
+    score_tokens(head, 0, head.length(), scores, scratch);
+  }
+  ///@}
+
+  /// The scores of tokens [begin, end) as if there were no others; scores[n] of the rest stay as they are. `scores` and
+  /// `scratch` are those of `score_head`.
+  template <element T, std::floating_point Real>
+  void score_tokens(const head_view<T>& head, index_t begin, index_t end, std::span<Real> scores,
+                    std::span<Real> scratch) const noexcept {
     const index_t channels = head.head_dim();
     const index_t size = width(channels);
     scratch_rows<Real> memory(scratch);
@@ -69,7 +104,7 @@ struct leverage_score {
 
     std::fill(room.mean, room.mean + channels, 0.0);
     index_t finite = 0;
-    for (index_t n = 0; n < head.length(); ++n) {
+    for (index_t n = begin; n < end; ++n) {
       head.key(n, key);
       const bool counts = all_finite(room.key, channels);
       scores[static_cast<std::size_t>(n)] = counts ? Real(0) : std::numeric_limits<Real>::quiet_NaN();
@@ -83,7 +118,7 @@ struct leverage_score {
     std::fill(room.matrix, room.matrix + size * size, 0.0);
     for (index_t i = 0; i < size; ++i) room.matrix[i * size + i] = ridge;
     outer_product_sum sum(room.matrix, room.gathered, size);
-    for (index_t n = 0; n < head.length(); ++n) {
+    for (index_t n = begin; n < end; ++n) {
       if (scores[static_cast<std::size_t>(n)] != 0) continue;  // NaN
       head.key(n, key);
       project(room, channels, sum.next());
@@ -93,16 +128,17 @@ struct leverage_score {
     cholesky_factor(room.matrix, size, ridge);
     invert_lower(room.matrix, size, room.gathered);
 
-    for (index_t n = 0; n < head.length(); ++n) {
+    for (index_t n = begin; n < end; ++n) {
       Real& score = scores[static_cast<std::size_t>(n)];
       if (score != 0) continue;
       head.key(n, key);
       project(room, channels, room.gathered);
       score = static_cast<Real>(inverse_quadratic(room.matrix, room.gathered, size));
     }
-    if (standardised) standardise(scores.first(static_cast<std::size_t>(head.length())));
+    if (standardised) {
+      detail::standardise(scores.subspan(static_cast<std::size_t>(begin), static_cast<std::size_t>(end - begin)));
+    }
   }
-  ///@}
 
  private:
   template <std::floating_point Real>
@@ -151,27 +187,6 @@ struct leverage_score {
     z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
     z = (z ^ (z >> 27)) * 0x94d049bb133111ebu;
     return z ^ (z >> 31);
-  }
-
-  /// The standard deviation divides by n - 1, and is at least 1e-6.
-  template <std::floating_point Real>
-  static void standardise(std::span<Real> scores) noexcept {
-    double sum = 0;
-    double count = 0;
-    for (const Real score : scores) {
-      if (score != score) continue;
-      sum += static_cast<double>(score);
-      ++count;
-    }
-    if (count == 0) return;
-    const double mean = sum / count;
-    double squares = 0;
-    for (const Real score : scores) {
-      const double part = static_cast<double>(score) - mean;
-      if (score == score) squares += part * part;
-    }
-    const double deviation = std::max(std::sqrt(squares / std::max(count - 1, 1.0)), 1e-6);
-    for (Real& score : scores) score = static_cast<Real>((static_cast<double>(score) - mean) / deviation);
   }
 };
 
