@@ -9,6 +9,7 @@
 #include <fmt/ranges.h>
 #include <nlohmann/json.hpp>
 
+#include <algorithm>
 #include <optional>
 
 namespace restkv::cli {
@@ -22,6 +23,9 @@ index_t full_bytes(const trace_file& trace) {
   const problem_shape& shape = trace.shape();
   return static_cast<index_t>(trace.layers().size()) * shape.kv_heads * shape.tokens * shape.head_dim * 2 * 2;
 }
+
+/// The reference is no measure of time.
+bool times_are_known(const comparison_view& view) { return view.request.backend == backend_kind::eigen; }
 
 /// The mean error of the baseline at a budget; nothing where it is not compared or could not run.
 std::optional<double> baseline_error(const policy_comparison& result, std::size_t budget) {
@@ -48,7 +52,17 @@ std::vector<std::string> notes(const comparison_view& view) {
                   "KV head keeps {} times as many in each, which takes the same bytes.",
                   shape.query_heads, shape.group()),
       "Bytes: keys and values kept in all compared layers, in 16 bits."};
-  for (const policy_facts& policy : view.result.policies) {
+  if (times_are_known(view)) {
+    texts.push_back(fmt::format("Time: of choosing the tokens of one layer on {} threads, mean of the layers; without "
+                                "statistics of queries, which an engine has at hand.",
+                                view.request.threads));
+  }
+  const auto every_query = [](const compared_policy& policy) { return policy.policy.observes_every_query(); };
+  if (std::any_of(view.result.policies.begin(), view.result.policies.end(), every_query)) {
+    texts.push_back(fmt::format("h2o sums over the {} queries that the trace holds.",
+                                view.trace.layers().front().query.view.extent(2)));
+  }
+  for (const compared_policy& policy : view.result.policies) {
     if (!policy.seeded || view.request.seeds == 1) continue;
     texts.push_back(fmt::format("Random policies: mean of {} seeds from {}.", view.request.seeds, view.request.seed));
     break;
@@ -64,8 +78,12 @@ std::string table_text(const comparison_view& view, const std::string& title, co
   std::vector<std::string> header{"tokens per query head"};
   for (const index_t budget : view.request.budgets) header.push_back(std::to_string(budget));
   table lines(std::move(header));
+  const std::string* group = nullptr;
   for (std::size_t p = 0; p < view.result.policies.size(); ++p) {
-    std::vector<std::string> row{view.result.policies[p].name};
+    const compared_policy& policy = view.result.policies[p];
+    if (group == nullptr || *group != policy.group) lines.add_row({std::string(title_of(policy.group)) + ":"});
+    group = &policy.group;
+    std::vector<std::string> row{"  " + policy.name};
     for (std::size_t b = 0; b < view.request.budgets.size(); ++b) {
       const comparison_cell& cell = view.result.cells[p][b];
       row.push_back(cell.problem.empty() ? cell_text(cell, b) : std::string("-"));
@@ -95,6 +113,11 @@ std::string comparison_text(const comparison_view& view, bool per_layer) {
   text += table_text(view, "bytes kept", [](const comparison_cell& cell, std::size_t) {
     return bytes_text(static_cast<std::size_t>(cell.bytes));
   });
+  if (times_are_known(view)) {
+    text += table_text(view, "time of a layer", [](const comparison_cell& cell, std::size_t) {
+      return fmt::format("{:.3g} ms", 1e3 * cell.seconds);
+    });
+  }
   for (std::size_t i = 0; per_layer && i < layers.size(); ++i) {
     text += table_text(view, fmt::format("layer {}: error, and of the worst query", layers[i]),
                        [i](const comparison_cell& cell, std::size_t) {
@@ -107,6 +130,38 @@ std::string comparison_text(const comparison_view& view, bool per_layer) {
       const std::string& problem = result.cells[p][b].problem;
       if (problem.empty()) continue;
       text += fmt::format("{} at {}: {}\n", result.policies[p].name, view.request.budgets[b], one_line(problem));
+    }
+  }
+  return text;
+}
+
+std::string comparison_csv(const comparison_view& view) {
+  std::string text = "policy,group,heads,allocation,budget,layer,error,worst,bytes,milliseconds,problem\n";
+  const auto quoted = [](std::string problem) {
+    std::string safe = "\"";
+    for (const char c : one_line(std::move(problem))) safe += c == '"' ? std::string("\"\"") : std::string(1, c);
+    return safe + '"';
+  };
+  const auto milliseconds = [&](double seconds) {
+    return times_are_known(view) ? fmt::format("{:.6g}", 1e3 * seconds) : std::string();
+  };
+  for (std::size_t p = 0; p < view.result.policies.size(); ++p) {
+    const compared_policy& policy = view.result.policies[p];
+    for (std::size_t b = 0; b < view.request.budgets.size(); ++b) {
+      const comparison_cell& cell = view.result.cells[p][b];
+      const std::string head = fmt::format("{},{},{},{},{}", policy.name, policy.group,
+                                           policy.policy.per_query_head() ? "query" : "kv",
+                                           name_of(policy.policy.allocation), view.request.budgets[b]);
+      if (!cell.problem.empty()) {
+        text += fmt::format("{},all,,,,,{}\n", head, quoted(cell.problem));
+        continue;
+      }
+      text += fmt::format("{},all,{:.8g},{:.8g},{},{},\n", head, cell.mean, cell.worst, cell.bytes,
+                          milliseconds(cell.seconds));
+      for (const layer_figures& layer : cell.layers) {
+        text += fmt::format("{},{},{:.8g},{:.8g},{},{},\n", head, layer.layer, layer.mean, layer.worst, layer.bytes,
+                            milliseconds(layer.seconds));
+      }
     }
   }
   return text;
@@ -138,12 +193,18 @@ nlohmann::json comparison_json(const comparison_view& view, bool with_kept) {
       {"notes", notes(view)},
       {"policies", json::array()},
       {"results", json::array()}};
+  object["groups"] = json::array();
+  for (const policy_group& group : policy_groups()) {
+    object["groups"].push_back({{"name", group.name}, {"title", group.title}});
+  }
   if (with_kept) object["kept"] = json::array();
   for (std::size_t p = 0; p < result.policies.size(); ++p) {
-    const policy_facts& policy = result.policies[p];
+    const compared_policy& policy = result.policies[p];
     object["policies"].push_back({{"name", policy.name},
                                   {"description", policy.description},
-                                  {"heads", policy.per_query_head ? "query" : "kv"},
+                                  {"group", policy.group},
+                                  {"heads", policy.policy.per_query_head() ? "query" : "kv"},
+                                  {"allocation", name_of(policy.policy.allocation)},
                                   {"sinks", policy.sinks},
                                   {"recent", policy.recent},
                                   {"seeds", policy.seeded ? view.request.seeds : 1}});
@@ -156,6 +217,7 @@ nlohmann::json comparison_json(const comparison_view& view, bool with_kept) {
         continue;
       }
       entry["bytes"] = cell.bytes;
+      entry["milliseconds"] = times_are_known(view) ? json(1e3 * cell.seconds) : json();
       entry["mean"] = cell.mean;
       entry["worst"] = cell.worst;
       const std::optional<double> of_baseline = ratio(result, cell, b);

@@ -79,6 +79,8 @@ void read_value(const key_facts& key, const json& value, Member& member, const s
   }
 }
 
+}  // namespace
+
 method_kind method_in(const json& object, const std::string& where) {
   method_kind method = method_kind::restkv;
   if (const auto at = object.find("method"); at != object.end()) {
@@ -86,6 +88,8 @@ method_kind method_in(const json& object, const std::string& where) {
   }
   return method;
 }
+
+namespace {
 
 // From the parts of a policy of the library back to keys.
 void take(configuration& c, const rest_kv& score) {
@@ -177,16 +181,79 @@ json parse_flat_object(const std::string& text, const std::string& where) {
 
 configuration defaults_of(method_kind method) {
   configuration c;
+  // A score of the cache alone, one kept set a KV head.
+  const auto of_cache = [&](index_t sinks, index_t recent) {
+    c.group = group_reduce::mean;
+    c.n_sink = sinks;
+    c.recent = recent;
+  };
+  const auto pooled = [&](spatial_kind spatial, int width) {
+    c.spatial = spatial;
+    c.kernel = width;
+  };
   switch (method) {
     case method_kind::restkv: c = preset("rest_kv_paper"); break;
-    case method_kind::caote: c.use_wo = false; break;
+    case method_kind::caote:
+    case method_kind::fastcaote: c.use_wo = false; break;
     case method_kind::snapkv: c = preset("snap_kv"); break;
     case method_kind::adakv:
       c = preset("snap_kv");
-      c.spatial = spatial_kind::maxpool;
-      c.kernel = 7;
+      pooled(spatial_kind::maxpool, 7);
       c.allocation = allocation_kind::adakv;
       break;
+    case method_kind::h2o:
+      c.temporal = temporal_kind::sum;
+      c.group = group_reduce::mean;
+      break;
+    case method_kind::tova:
+      c.window = 1;
+      c.temporal = temporal_kind::last;
+      c.group = group_reduce::mean;
+      c.shared = true;
+      break;
+    case method_kind::vatp: c.group = group_reduce::mean; break;
+    case method_kind::dropkv:
+      c.window = 8;
+      c.temporal = temporal_kind::sum;
+      c.group = group_reduce::mean;
+      pooled(spatial_kind::maxpool, 11);  // and no epsilon: 1 - a is never 0 here
+      break;
+    case method_kind::obcache:
+      c.window = 16;
+      c.temporal = temporal_kind::sum;
+      c.group = group_reduce::sum;
+      pooled(spatial_kind::maxpool, 7);
+      break;
+    case method_kind::laprox:
+      c.temporal = temporal_kind::root_sum_square;
+      c.group = group_reduce::mean;
+      pooled(spatial_kind::avgpool, 7);
+      break;
+    case method_kind::andpro:
+      c.use_wo = false;
+      c.group = group_reduce::mean;
+      c.unit = 4;
+      c.n_sink = 1;
+      break;
+    case method_kind::criticalkv:
+      c = preset("snap_kv");
+      c.rescoring = rescoring_kind::criticalkv;
+      c.epsilon = 1e-4f;
+      break;
+    case method_kind::knorm:
+    case method_kind::keydiff:
+    case method_kind::qfilter:
+    case method_kind::keyredundancy: of_cache(0, 0); break;
+    case method_kind::lagkv:
+    case method_kind::curdkv:
+    case method_kind::expectedattention:
+    case method_kind::valuerange:
+    case method_kind::lacache: of_cache(4, 0); break;
+    case method_kind::capkv:
+      of_cache(4, 0);
+      c.tau = 5.0f;
+      break;
+    case method_kind::leverage: of_cache(8, 4); break;
     case method_kind::streamingllm: c = preset("streaming_llm"); break;
     case method_kind::random: c = preset("random"); break;
     case method_kind::set_error: break;
@@ -195,13 +262,7 @@ configuration defaults_of(method_kind method) {
   return c;
 }
 
-configuration preset(const std::string& name) {
-  const auto at = presets_by_name().find(name);
-  if (at != presets_by_name().end()) return at->second;
-  std::vector<std::string> known;
-  for (const auto& [known_name, unused] : presets_by_name()) known.push_back(known_name);
-  throw input_error(fmt::format("there is no preset {}; known are: {}", one_line(name), joined(known)));
-}
+configuration preset(const std::string& name) { return presets_by_name().at(name); }
 
 configuration parse_configuration(const std::string& text, const std::string& where) {
   const json object = parse_flat_object(text, where);
@@ -210,13 +271,58 @@ configuration parse_configuration(const std::string& text, const std::string& wh
   return c;
 }
 
-void apply(configuration& c, const json& object, const std::string& where) {
+namespace {
+
+/// Other names for keys and values, as case files have them: in those of the list.
+json in_known_keys(const configuration& c, json object, const std::string& where) {
+  const auto take = [&](const char* name) {
+    json value = object[name];
+    object.erase(name);
+    return value;
+  };
+  const auto need = [&](const char* name, const json& value, bool accepted, const char* needed) {
+    if (!accepted) throw input_error(fmt::format("{}: {} is {}, must be {}", where, name, shown(value), needed));
+  };
+  const auto rename = [&](const char* name, const char* known, const json& value) {
+    if (object.contains(known)) throw input_error(fmt::format("{}: {} and {} mean the same", where, name, known));
+    object[known] = value;
+  };
+  if (object.contains("note")) {
+    const json note = take("note");
+    need("note", note, note.is_string(), "a text");
+  }
+  if (object.contains("base")) {
+    const json base = take("base");
+    need("base", base, base == "snapkv", "snapkv");
+  }
+  if (object.contains("num_sinks")) rename("num_sinks", "n_sink", take("num_sinks"));
+  if (object.contains("use_random_leverage")) {
+    const json random = take("use_random_leverage");
+    need("use_random_leverage", random, random == false, "false: curdkv ranks by norms");
+  }
+  if (object.contains("accumulate")) {
+    const json how = take("accumulate");
+    need("accumulate", how, how == "sum" || how == "mean_over_observers", "sum or mean_over_observers");
+    rename("accumulate", "temporal", how == "sum" ? "sum" : "mean");
+  }
+  if (object.value("temporal", json()) == "sum_of_squares") {
+    need("temporal", "sum_of_squares", c.method == method_kind::dropkv,
+         "another but for dropkv, whose scores are squares (root_sum_square has the same order)");
+    object["temporal"] = "sum";
+  }
+  return object;
+}
+
+}  // namespace
+
+void apply(configuration& c, const json& given, const std::string& where) {
   std::map<std::string, std::function<void(const json&)>> readers;
   std::vector<std::string> known;
   visit_keys(c, [&](const key_facts& key, auto& member) {
     known.emplace_back(key.name);
     readers[key.name] = [key, &member, &where](const json& value) { read_value(key, value, member, where); };
   });
+  const json object = in_known_keys(c, given, where);
   for (const auto& [key, value] : object.items()) {
     const auto reader = readers.find(key);
     if (reader == readers.end()) {
@@ -249,30 +355,6 @@ json to_json(const configuration& c) {
   });
   object.erase(c.compression_ratio == 0.0 ? "compression_ratio" : "budget");
   return object;
-}
-
-configuration configuration_options::over(const std::string* case_text, const std::string& where) const {
-  json object = case_text == nullptr ? json::object() : parse_flat_object(*case_text, where);
-  configuration c;
-  if (!preset.empty() || case_text == nullptr) {
-    // What remains of the case: how many tokens, and how many queries were recorded to look at.
-    c = cli::preset(preset.empty() ? "standard" : preset);
-    json kept = json::object();
-    for (const char* key : {"budget", "compression_ratio", "window"}) {
-      if (object.contains(key)) kept[key] = object[key];
-    }
-    apply(c, kept, where);
-  } else {
-    c = parse_configuration(*case_text, where);
-  }
-  if (keys->contains("method")) {
-    // Another method is another set of defaults; what the case says beyond them stays.
-    object["method"] = (*keys)["method"];
-    c = defaults_of(method_in(object, "--method"));
-    apply(c, object, where);
-  }
-  apply(c, *keys, "the options");
-  return c;
 }
 
 }  // namespace restkv::cli

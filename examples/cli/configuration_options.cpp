@@ -1,7 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "configuration.hpp"
 
+#include "command.hpp"
+#include "output.hpp"
+#include "policy_table.hpp"
+
 #include <CLI/CLI.hpp>
+#include <fmt/format.h>
 #include <nlohmann/json.hpp>
 
 #include <type_traits>
@@ -37,12 +42,48 @@ void add_key_option(CLI::App& command, const key_facts& key, const std::shared_p
   }
 }
 
+/// A policy by its name in the table, or in the library.
+configuration policy_of(const std::string& name) {
+  if (const named_policy* known = find_policy(name); known != nullptr) return known->policy;
+  std::string all;
+  for (const char* preset_name : {"snap_kv", "streaming_llm", "random"}) {
+    if (name == preset_name) return preset(name);
+    all += std::string(preset_name) + ", ";
+  }
+  for (const named_policy& policy : policy_table()) all += policy.name + (&policy == &policy_table().back() ? "" : ", ");
+  throw input_error(fmt::format("there is no preset {}; known are: {}", one_line(name), all));
+}
+
 }  // namespace
+
+configuration configuration_options::over(const std::string* case_text, const std::string& where) const {
+  nlohmann::json object = case_text == nullptr ? nlohmann::json::object() : parse_flat_object(*case_text, where);
+  configuration c;
+  if (!preset.empty() || case_text == nullptr) {
+    // What remains of the case: how many tokens, and how many queries were recorded to look at.
+    c = policy_of(preset.empty() ? "standard" : preset);
+    nlohmann::json kept = nlohmann::json::object();
+    for (const char* key : {"budget", "compression_ratio", "window"}) {
+      if (object.contains(key)) kept[key] = object[key];
+    }
+    apply(c, kept, where);
+  } else {
+    c = parse_configuration(*case_text, where);
+  }
+  if (keys->contains("method")) {
+    // Another method is another set of defaults; what the case says beyond them stays.
+    object["method"] = (*keys)["method"];
+    c = defaults_of(method_in(object, "--method"));
+    apply(c, object, where);
+  }
+  apply(c, *keys, "the options");
+  return c;
+}
 
 void add_configuration_options(CLI::App& command, configuration_options& options) {
   options.keys = std::make_shared<nlohmann::json>(nlohmann::json::object());
   CLI::Option& preset = *command.add_option(
-      "--preset", options.preset, "A policy of the library instead of the file's; the file's budget and window stay");
+      "--preset", options.preset, "A policy by name (see compare --list-policies) instead of the file's; its budget and window stay");
   configuration c;
   visit_keys(c, [&]<class Value>(const key_facts& key, Value&) { add_key_option<Value>(command, key, options.keys); });
   preset.group("Configuration")->excludes("--method");

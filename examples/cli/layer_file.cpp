@@ -86,11 +86,14 @@ void layer_file::check_inputs(const configuration& c) const {
   const auto need = [&](bool there, const char* tensor, const char* why) {
     if (!there) throw input_error(fmt::format("{}: there is no tensor {}{}: {}", path_, prefix_, tensor, why));
   };
-  if (c.observes()) need(has("q"), "q", "the method observes the last queries");
+  if (c.reads_queries()) need(has("q"), "q", "the method looks at queries");
   if (c.measures_through_wo()) need(has("wo"), "wo", "distances are measured through W_O (see --no-wo)");
-  if (c.observes() && query_.view.extent(1) < std::min(c.window, tokens())) {
+  if (c.needs_wo()) need(has("wo"), "wo", "values are measured behind W_O");
+  if (!c.reads_queries()) return;
+  const index_t needed = !c.observes() || c.observes_every_query() ? 1 : c.window;
+  if (query_.view.extent(1) < std::min(needed, tokens())) {
     throw input_error(fmt::format("{}: tensor {}q has {} queries, the observation window needs {}", path_, prefix_,
-                                  query_.view.extent(1), std::min(c.window, tokens())));
+                                  query_.view.extent(1), std::min(needed, tokens())));
   }
 }
 

@@ -1,70 +1,139 @@
 // SPDX-License-Identifier: Apache-2.0
 /// @file
-/// From a configuration to a policy of the library, run on one backend. Included by one source a backend.
+/// From a configuration to a policy of the library, run on one backend. The scores are instantiated in a few sources a
+/// backend, which compile side by side.
 #pragma once
 
 #include "command.hpp"
+#include "policy_parts.hpp"
 #include "selection.hpp"
 
-#include <restkv/runtime_parts.hpp>
+#include <restkv/rescoring/critical_kv.hpp>
+#include <restkv/score/an_d_pro.hpp>
+#include <restkv/score/caote.hpp>
+#include <restkv/score/drop_kv.hpp>
+#include <restkv/score/la_prox.hpp>
+#include <restkv/score/ob_cache.hpp>
+#include <restkv/score/observed_attention.hpp>
+#include <restkv/score/vatp.hpp>
 #include <restkv/select.hpp>
 
+#include <fmt/format.h>
+
+#include <chrono>
 #include <vector>
 
 namespace restkv::cli {
 
-[[nodiscard]] inline any_linear_temporal linear_temporal_of(const configuration& c) {
-  switch (c.temporal) {
-    case temporal_kind::sum: return {sum{}};
-    case temporal_kind::ema: return {ema{.alpha = c.alpha}};
-    case temporal_kind::last: return {last{}};
-    case temporal_kind::mean:
-    case temporal_kind::max: break;
-  }
-  return {mean{}};
-}
+/// A score that looks at positions alone: `streaming_llm` or `random_score`.
+struct position_score {
+  std::variant<streaming_llm, random_score> choice{};
 
-[[nodiscard]] inline any_spatial spatial_of(const configuration& c) {
-  switch (c.spatial) {
-    case spatial_kind::avgpool: return {average_pool{.width = c.kernel}};
-    case spatial_kind::maxpool: return {max_pool{.width = c.kernel}};
-    case spatial_kind::adaptive:
-      return {adaptive_window{.min_width = c.kernel, .scale = c.scale, .shift_rule = c.shift_rule}};
-    case spatial_kind::none: break;
-  }
-  return {no_pool{}};
-}
+  static constexpr feature needs = feature::none;
 
-[[nodiscard]] inline any_budget budget_of(const configuration& c) {
-  switch (c.allocation) {
-    case allocation_kind::pyramid: return {pyramid{.budget = c.size(), .beta = c.beta}};
-    case allocation_kind::adakv: return {ada_kv{.budget = c.size(), .floor = c.floor, .normalise = c.normalize}};
-    case allocation_kind::uniform: break;
+  template <std::floating_point Real>
+  [[nodiscard]] Real operator()(const token_features<Real>& token) const noexcept {
+    return std::visit([&](const auto& score) -> Real { return score(token); }, choice);
   }
-  return {uniform{c.size()}};
-}
+};
 
-template <tensor_backend Backend, token_score Score, temporal_smoother Temporal>
-selection run_parts(Backend& backend, const configuration& c, const Score& score, const Temporal& temporal,
-                    const layer_view<float>& layer, const std::string& where, inspection what = inspection::scores) {
+/// A configuration on a layer, on one backend.
+template <tensor_backend Backend>
+class policy_runner {
+ public:
+  policy_runner(Backend& backend, const configuration& c, const layer_view<float>& layer, const std::string& where,
+                inspection what)
+      : backend_(backend), c_(c), layer_(layer), where_(where), what_(what) {}
+
+  /// Throws input_error, beginning with `where`.
+  [[nodiscard]] selection run() {
+    check_rescoring();
+    switch (c_.method) {
+      case method_kind::snapkv:
+      case method_kind::adakv:
+      case method_kind::criticalkv: return run_snap_kv();
+      case method_kind::h2o:
+      case method_kind::tova: return run_observed_attention();
+      case method_kind::fastcaote:
+      case method_kind::vatp:
+      case method_kind::laprox: return run_sizes();
+      case method_kind::dropkv:
+      case method_kind::obcache:
+      case method_kind::andpro: return run_outputs();
+      case method_kind::knorm:
+      case method_kind::keydiff:
+      case method_kind::lagkv:
+      case method_kind::curdkv:
+      case method_kind::leverage:
+      case method_kind::expectedattention:
+      case method_kind::qfilter:
+      case method_kind::capkv:
+      case method_kind::keyredundancy:
+      case method_kind::valuerange:
+      case method_kind::lacache: return run_cache();
+      case method_kind::streamingllm:
+      case method_kind::random: return run_positions();
+      case method_kind::restkv:
+      case method_kind::caote:
+      case method_kind::set_error: break;
+    }
+    return run_deletion();
+  }
+
+  template <any_score Score, rescorer Rescoring = no_rescoring>
+  [[nodiscard]] selection run_score(const Score& score, const Rescoring& rescoring = {});
+
+ private:
+  [[nodiscard]] selection run_deletion();
+  [[nodiscard]] selection run_snap_kv();
+  [[nodiscard]] selection run_observed_attention();
+  [[nodiscard]] selection run_sizes();
+  [[nodiscard]] selection run_outputs();
+  [[nodiscard]] selection run_cache();
+  [[nodiscard]] selection run_positions();
+
+  void check_rescoring() const {
+    const bool rescorable = c_.method == method_kind::snapkv || c_.method == method_kind::adakv ||
+                            c_.method == method_kind::criticalkv ||
+                            (c_.scores_window() && c_.rescoring != rescoring_kind::criticalkv);
+    if (c_.rescoring == rescoring_kind::none || rescorable) return;
+    throw input_error(fmt::format("{}{}the rescoring {} goes with snapkv, adakv{}, not with {}", where_,
+                                  where_.empty() ? "" : ": ", name_of(c_.rescoring),
+                                  c_.rescoring == rescoring_kind::criticalkv ? " and criticalkv" : ", h2o and tova",
+                                  name_of(c_.method)));
+  }
+
+  Backend& backend_;
+  const configuration& c_;
+  const layer_view<float>& layer_;
+  const std::string& where_;
+  inspection what_;
+};
+
+template <tensor_backend Backend>
+template <any_score Score, rescorer Rescoring>
+selection policy_runner<Backend>::run_score(const Score& score, const Rescoring& rescoring) {
   using real = typename Backend::score_type;
-  const eviction_policy<Score, Temporal, any_spatial, any_budget> policy{
+  const eviction_policy<Score, any_temporal, any_spatial, any_budget, Rescoring> policy{
       .score = score,
-      .window = c.window,
-      .temporal = temporal,
-      .spatial = spatial_of(c),
-      .group = c.group,
-      .budget = budget_of(c),
-      .protect = {.sink = c.n_sink, .recent = c.recent}};
-  const problem_shape shape = shape_of(layer, c.layer_index, c.layer_count);
+      .window = c_.window_of(layer_),
+      .temporal = temporal_of(c_),
+      .spatial = spatial_of(c_),
+      .group = c_.group,
+      .rescoring = rescoring,
+      .budget = budget_of(c_),
+      .protect = {.sink = c_.n_sink, .recent = c_.protected_recent()},
+      .granularity = {.tokens = c_.unit, .reduce = c_.reduce, .shared = c_.shared}};
+  const problem_shape shape = shape_of(layer_, c_.layer_index, c_.layer_count);
   plan<std::remove_const_t<decltype(policy)>> plan;
-  require(make_plan(backend, policy, shape, plan), where);
+  require(make_plan(backend_, policy, shape, plan), where_);
 
+  const bool shows_scores = what_ == inspection::scores;
   selection result;
   result.heads = plan.heads;
   result.past = make_score_request(policy, shape).past_of(shape.tokens);
   result.drift.resize(static_cast<std::size_t>(plan.heads));
-  const auto elements = static_cast<std::size_t>(what == inspection::scores ? plan.heads * shape.tokens : 0);
+  const auto elements = static_cast<std::size_t>(shows_scores ? plan.heads * shape.tokens : 0);
   std::vector<real> scores(elements);
   std::vector<real> smoothed(elements);
   const selection_details<real> details{{scores.data(), {1, plan.heads, shape.tokens}},
@@ -72,14 +141,15 @@ selection run_parts(Backend& backend, const configuration& c, const Score& score
                                         {result.drift.data(), {1, plan.heads}}};
   std::vector<std::byte> memory(plan.workspace_bytes);
   kept_tokens kept;
-  require(select(backend, plan, layer, workspace(memory), kept, what == inspection::scores ? &details : nullptr),
-          where);
+  const auto begin = std::chrono::steady_clock::now();
+  require(select(backend_, plan, layer_, workspace(memory), kept, shows_scores ? &details : nullptr), where_);
+  result.seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
 
   for (index_t h = 0; h < plan.heads; ++h) {
     result.lengths.push_back(kept.lengths(0, h));
     result.positions.insert(result.positions.end(), kept.positions.data + h * kept.capacity(),
                             kept.positions.data + (h + 1) * kept.capacity());
-    if (what == inspection::kept_only) continue;
+    if (!shows_scores) continue;
     const auto row = [&](const std::vector<real>& all) { return all.begin() + h * shape.tokens; };
     result.score.insert(result.score.end(), row(scores), row(scores) + result.past);
     result.smoothed.insert(result.smoothed.end(), row(smoothed), row(smoothed) + result.past);
@@ -87,33 +157,69 @@ selection run_parts(Backend& backend, const configuration& c, const Score& score
   return result;
 }
 
-template <tensor_backend Backend, token_score Score>
-selection run_score(Backend& backend, const configuration& c, const Score& score, const layer_view<float>& layer,
-                    const std::string& where, inspection what = inspection::scores) {
-  if (c.temporal == temporal_kind::max) return run_parts(backend, c, score, maximum{}, layer, where, what);
-  return run_parts(backend, c, score, linear_temporal_of(c), layer, where, what);
-}
-
-[[nodiscard]] inline rest_kv rest_kv_of(const configuration& c) {
-  return {.order = c.order,
-          .metric_of_distance = c.use_wo ? metric::projection : metric::identity,
-          .tau = c.use_wo ? c.tau : 1.0f,  // without W_O the release does not apply it
-          .normalised = c.use_norm};
+template <tensor_backend Backend>
+selection policy_runner<Backend>::run_deletion() {
+  return run_score(rest_kv_of(c_));
 }
 
 template <tensor_backend Backend>
-selection run_policy(Backend& backend, const configuration& c, const layer_view<float>& layer, const std::string& where,
-                     inspection what = inspection::scores) {
-  switch (c.method) {
-    case method_kind::snapkv:
-    case method_kind::adakv: return run_score(backend, c, snap_kv{}, layer, where, what);
-    case method_kind::streamingllm: return run_parts(backend, c, streaming_llm{}, mean{}, layer, where, what);
-    case method_kind::random: return run_parts(backend, c, random_score{.seed = c.seed}, mean{}, layer, where, what);
-    case method_kind::restkv:
-    case method_kind::caote:
-    case method_kind::set_error: break;
+selection policy_runner<Backend>::run_snap_kv() {
+  switch (c_.rescoring) {
+    case rescoring_kind::criticalkv:
+      return run_score(snap_kv{}, critical_kv<>{.first_stage = c_.first_stage_ratio, .epsilon = c_.epsilon});
+    case rescoring_kind::caote:
+    case rescoring_kind::fastcaote: return run_score(snap_kv{}, caote_rescoring_of(c_));
+    case rescoring_kind::none: break;
   }
-  return run_score(backend, c, rest_kv_of(c), layer, where, what);
+  return run_score(snap_kv{});
+}
+
+template <tensor_backend Backend>
+selection policy_runner<Backend>::run_observed_attention() {
+  if (c_.rescoring == rescoring_kind::none) return run_score(observed_attention{});
+  return run_score(observed_attention{}, caote_rescoring_of(c_));
+}
+
+template <tensor_backend Backend>
+selection policy_runner<Backend>::run_sizes() {
+  if (c_.method == method_kind::vatp) return run_score(vatp{});
+  if (c_.method == method_kind::fastcaote) return run_score(fast_caote{});
+  return run_score(la_prox{.metric_of_distance = c_.use_wo ? metric::projection : metric::identity});
+}
+
+template <tensor_backend Backend>
+selection policy_runner<Backend>::run_outputs() {
+  if (c_.method == method_kind::obcache) return run_score(ob_cache{.part = c_.part});
+  if (c_.method == method_kind::andpro) {
+    return run_score(an_d_pro{.metric_of_distance = c_.use_wo ? metric::projection : metric::identity});
+  }
+  return run_score(drop_kv{.epsilon = c_.epsilon});
+}
+
+template <tensor_backend Backend>
+selection policy_runner<Backend>::run_cache() {
+  cache_score memory;
+  if (c_.method == method_kind::expectedattention || c_.method == method_kind::capkv) {
+    return run_score(query_head_score_of(c_, layer_, memory, where_));
+  }
+  return run_score(head_score_of(c_, layer_, memory, where_));
+}
+
+template <tensor_backend Backend>
+selection policy_runner<Backend>::run_positions() {
+  if (c_.method == method_kind::streamingllm) return run_score(position_score{.choice = streaming_llm{}});
+  return run_score(position_score{.choice = random_score{.seed = c_.seed}});
 }
 
 }  // namespace restkv::cli
+
+/// Says that another source instantiates the scores of a runner. `PREFIX` is `extern` or empty.
+#define RESTKV_CLI_ATTENTION_SCORES(PREFIX, BACKEND)                                      \
+  PREFIX template restkv::cli::selection restkv::cli::policy_runner<BACKEND>::run_snap_kv(); \
+  PREFIX template restkv::cli::selection restkv::cli::policy_runner<BACKEND>::run_observed_attention();
+#define RESTKV_CLI_VALUE_SCORES(PREFIX, BACKEND)                                         \
+  PREFIX template restkv::cli::selection restkv::cli::policy_runner<BACKEND>::run_sizes(); \
+  PREFIX template restkv::cli::selection restkv::cli::policy_runner<BACKEND>::run_outputs();
+#define RESTKV_CLI_CACHE_SCORES(PREFIX, BACKEND)                                         \
+  PREFIX template restkv::cli::selection restkv::cli::policy_runner<BACKEND>::run_cache(); \
+  PREFIX template restkv::cli::selection restkv::cli::policy_runner<BACKEND>::run_positions();

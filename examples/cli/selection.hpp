@@ -23,6 +23,7 @@ struct selection {
   std::vector<double> drift;          ///< [heads]; 0 unless the spatial smoother is adaptive
   std::vector<position_t> positions;  ///< [heads, capacity]
   std::vector<position_t> lengths;    ///< [heads]
+  double seconds = 0;                 ///< what `select` took, without planning and memory
 
   [[nodiscard]] const_kept_tokens kept() const noexcept {
     const index_t capacity = heads == 0 ? 0 : static_cast<index_t>(positions.size()) / heads;
@@ -51,7 +52,8 @@ struct names<backend_kind> {
 
 /// Scores of the reference by the part of the configuration that they depend on: filled and used by `run_reference`, so
 /// that budgets and smoothings can be compared without scoring again.
-using score_memory = std::map<std::string, std::vector<double>>;
+/// Several where a rescorer asks for scores of its own.
+using score_memory = std::map<std::string, std::vector<std::vector<double>>>;
 
 /// Whether a selection shows its scores. Without them a backend may leave out what cannot change the kept set, as it
 /// does in an engine.

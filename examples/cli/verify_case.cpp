@@ -9,6 +9,7 @@
 #include <algorithm>
 #include <charconv>
 #include <cmath>
+#include <limits>
 
 namespace restkv::cli {
 
@@ -59,6 +60,39 @@ void compare_marked_tokens(const case_problem& problem, const selection& chosen,
   }
 }
 
+/// Scores where a source shows a marker in the place of some: the largest float for CriticalKV's first stage, whose other
+/// scores are those that tokens are ranked by; 1 for CurDKV's sinks; nothing for the newest token of TOVA. Markers must
+/// stand where they belong, the other scores are compared.
+void compare_marked_scores(const case_problem& problem, const selection& chosen, comparison& compare) {
+  const configuration& c = problem.c;
+  const bool two_stages = c.rescoring == rescoring_kind::criticalkv;
+  known_tensor<float> known = problem.known<float>("score", chosen.heads, 2);
+  const std::vector<double>& ours = two_stages ? chosen.smoothed : chosen.score;
+  const index_t fewest = c.method == method_kind::tova ? chosen.past - c.window : chosen.past;
+  const index_t columns = std::clamp(known.columns, fewest, chosen.past);
+  constexpr float most = std::numeric_limits<float>::max();
+  const float marker = two_stages ? most : 1.0f;
+  std::vector<double> scores;
+  for (index_t h = 0; h < chosen.heads; ++h) {
+    for (index_t n = 0; n < columns; ++n) {
+      const double score = ours[static_cast<std::size_t>(h * chosen.past + n)];
+      const bool is_marked = two_stages ? score >= static_cast<double>(most)
+                                        : c.method == method_kind::curdkv && n < c.n_sink;
+      scores.push_back(is_marked ? 0.0 : score);
+      if (n >= known.columns) continue;
+      float& expected = known.elements[static_cast<std::size_t>(h * known.columns + n)];
+      if (is_marked ? expected != marker : two_stages && expected == marker) {
+        compare.mismatch(fmt::format("{}: token {} of row {} is {}, the file says that it is {}", known.name, n, h,
+                                     is_marked ? "kept whatever the others are" : "ranked",
+                                     is_marked ? "ranked" : "kept whatever the others are"));
+        return;
+      }
+      if (is_marked) expected = 0.0f;
+    }
+  }
+  compare.floats(known, scores, columns);
+}
+
 /// AdaKV's release rounds each head's share on its own, and so misses the total by a few tokens. What it rounds are
 /// counts that a floor of 0 shows: they must reproduce the file's lengths exactly. Our own lengths must lie within one
 /// token of the same shares, and add up to the whole budget.
@@ -102,7 +136,10 @@ void compare_selection(const case_problem& problem, const selection& chosen, com
       return (*rounding).*which;
     };
   };
-  if (problem.has("score")) {
+  if (problem.has("score") && (c.method == method_kind::tova || c.method == method_kind::curdkv ||
+                               c.rescoring == rescoring_kind::criticalkv)) {
+    compare_marked_scores(problem, chosen, compare);
+  } else if (problem.has("score")) {
     compare.floats(problem.known<float>("score", chosen.heads, 2), chosen.score, chosen.past,
                    rounding_of(&selection::score));
   }
@@ -146,17 +183,36 @@ void compare_errors(const case_problem& problem, const layer_file& tensors, cons
 
 }  // namespace
 
+namespace {
+
+/// CriticalKV's source takes the first stage's part of a budget that is not rounded to whole tokens yet, we that of the
+/// budget itself: where that is not the same number, the configuration gets the part that gives the source's.
+void take_first_stage_of_source(configuration& c, index_t tokens, file_outcome& outcome) {
+  if (c.rescoring != rescoring_kind::criticalkv || c.compression_ratio == 0.0) return;
+  const auto part = static_cast<double>(c.first_stage_ratio);
+  const auto budget = static_cast<double>(c.size().of(tokens));
+  const double ours = std::floor(budget * part);
+  const double source = std::floor((1.0 - c.compression_ratio) * static_cast<double>(tokens) * part);
+  if (ours == source) return;
+  c.first_stage_ratio = static_cast<float>((source + 0.5) / budget);
+  outcome.notes.push_back(fmt::format("first stage of {} tokens, from a budget that is not rounded; ours has {}", source,
+                                      ours));
+}
+
+}  // namespace
+
 void verify_case(const safetensors_file& file, const std::string& path, const verify_options& options,
                  file_outcome& outcome) {
   const std::string* const text = file.find_metadata("case");
   if (text == nullptr) throw input_error(path + ": the metadata have no case: this is no case file");
-  const configuration c = parse_configuration(*text, path + ": metadata case");
+  configuration c = parse_configuration(*text, path + ": metadata case");
   outcome.method = name_of(c.method);
   const bool has_known = std::any_of(file.entries().begin(), file.entries().end(), [](const safetensors_entry& entry) {
     return entry.name.starts_with(expected_prefix);
   });
   if (!has_known) throw input_error(path + ": there are no tensors expected.*: nothing to compare with");
   layer_file tensors(file, path, "", options.allow_non_finite);
+  take_first_stage_of_source(c, tensors.tokens(), outcome);
   const layer_view<float> layer = tensors.view(c);
   const case_problem problem{file, path, c, layer};
   if (c.method == method_kind::set_error) {

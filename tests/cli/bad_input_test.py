@@ -191,7 +191,7 @@ class Configurations(BadInputTest):
 
     def test_values(self):
         for key, value, words in (
-                ('method', 'h2o', ('"h2o"', 'not supported', 'restkv', 'snapkv')), ('method', 3, ('3', 'restkv')),
+                ('method', 'belady', ('"belady"', 'not supported', 'restkv', 'snapkv')), ('method', 3, ('3', 'restkv')),
                 ('order', 'later', ('"later"', 'before, after')),
                 ('temporal', 'median', ('"median"', 'mean, sum, ema')),
                 ('spatial', 'gauss', ('"gauss"', 'none, avgpool, maxpool, adaptive')),
@@ -202,7 +202,10 @@ class Configurations(BadInputTest):
                 ('window', 8.5, ('whole number',)), ('budget', 2**70, ('whole number',)),
                 ('kernel', 2**40, ('whole number',)),
                 ('alpha', 'x', ('must be a number',)), ('scale', None, ('must be a number',)),
-                ('seed', -1, ('whole number',))):
+                ('seed', -1, ('whole number',)), ('base', 'h2o', ('must be snapkv',)),
+                ('accumulate', 'product', ('"product"', 'sum or mean_over_observers')),
+                ('temporal', 'sum_of_squares', ('dropkv', 'root_sum_square')),
+                ('use_random_leverage', True, ('must be false',)), ('note', 3, ('must be a text',))):
             self.check_case(json.dumps({**read(CASE).case(), key: value}), key, *words)
 
     def test_ranges(self):
@@ -222,7 +225,17 @@ class Configurations(BadInputTest):
                 ({'compression_ratio': 0.5}, ('budget', 'exclude')),
                 ({'allocation': 'adakv', 'floor': 2}, ('floor is 2',)),
                 ({'allocation': 'pyramid', 'beta': 0}, ('beta is 0',)),
-                ({'layer_index': 3, 'layer_count': 2}, ('layer 3 of 2',))):
+                ({'layer_index': 3, 'layer_count': 2}, ('layer 3 of 2',)),
+                ({'unit': 0}, ('tokens is 0',)), ({'shared': True, 'group': 'none'}, ('group may not be none',)),
+                ({'temporal': 'sum', 'order': 'after'}, ('order after',)),
+                ({'rescoring': 'criticalkv'}, ('criticalkv goes with snapkv', 'not with restkv')),
+                ({'n_sink': 1, 'num_sinks': 2}, ('num_sinks and n_sink mean the same',)),
+                ({'method': 'h2o', 'temporal': 'median'}, ('median',)),
+                ({'method': 'tova', 'rescoring': 'criticalkv'}, ('not with tova',)),
+                ({'method': 'lagkv', 'lag_size': 0}, ('lag of lag_kv is 0',)),
+                ({'method': 'leverage', 'ridge': 0}, ('ridge',)),
+                ({'method': 'lacache'}, ('span of la_cache is 16', '1 layers')),
+                ({'method': 'expectedattention', 'rope_theta': 0.5}, ('theta',))):
             with self.subTest(keys=keys):
                 self.check_case(json.dumps({**read(CASE).case(), **keys}), *words)
         keys = read(CASE).case()

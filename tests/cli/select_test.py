@@ -103,8 +103,8 @@ class GoldenCases(ProgramTest):
 
 class Configuration(ProgramTest):
     OVERRIDES = [('budget', 20, '--budget'), ('window', 5, '--window'), ('order', 'before', '--order'),
-                 ('temporal', 'sum', '--temporal'), ('temporal', 'last', '--temporal'),
-                 ('temporal', 'max', '--temporal'),
+                 ('temporal', 'last', '--temporal'), ('temporal', 'max', '--temporal'),
+                 ('unit', 2, '--unit'),
                  ('alpha', 0.9, '--alpha'), ('spatial', 'avgpool', '--spatial'), ('spatial', 'maxpool', '--spatial'),
                  ('kernel', 3, '--kernel'), ('tau', 0.5, '--tau'), ('group', 'l2', '--group'),
                  ('group', 'max', '--group'),
@@ -132,6 +132,40 @@ class Configuration(ProgramTest):
                 if acts:
                     tensors = [(file['smoothed'].elements, file['indices'].elements) for file in (plain, by_option)]
                     self.assertNotEqual(*tensors)
+
+    def test_every_method_and_its_own_options(self):
+        plain = {}
+        for method, options in (('caote', ()), ('fastcaote', ()), ('h2o', ('--window', 3)),
+                                ('h2o', ('--temporal', 'ema')), ('tova', ('--no-shared',)), ('vatp', ('--unit', 3)),
+                                ('dropkv', ('--epsilon', 0.1)), ('obcache', ('--part', 'joint')),
+                                ('laprox', ('--no-wo',)), ('andpro', ('--wo',)),
+                                ('criticalkv', ('--first-stage-ratio', 0)), ('snapkv', ('--rescoring', 'caote')),
+                                ('h2o', ('--rescoring', 'fastcaote')), ('knorm', ('--sink', 4)), ('keydiff', ('--sink', 4)),
+                                ('lagkv', ('--lag-size', 16)), ('lagkv', ('--lag-size', 16, '--cross-scoring')),
+                                ('curdkv', ('--leverage-type', 'value')), ('curdkv', ('--no-local-approximation',)),
+                                ('curdkv', ('--local-window-size', 5)), ('leverage', ('--sketch', 0)),
+                                ('leverage', ('--seed', 5)), ('leverage', ('--ridge', 10)),
+                                ('expectedattention', ('--no-covariance',)), ('expectedattention', ('--no-vnorm',)),
+                                ('expectedattention', ('--rope-theta', 10000)), ('qfilter', ('--group', 'none')),
+                                ('capkv', ('--tau', 50)), ('capkv', ('--no-cosine',)),
+                                ('keyredundancy', ('--similar', 0, '--threshold', -1)),
+                                ('keyredundancy', ('--threshold', -1)), ('valuerange', ('--sink', 0)),
+                                ('lacache', ('--overlap', 1, '--span', 3))):
+            with self.subTest(method=method, options=options):
+                base = ('--method', method, '--budget', 48, '--layer-count', 20, '--layer-index', 3)
+                eigen, reference = (self.select(KV_HEADS, *base, *options, '--backend', backend)
+                                    for backend in ('eigen', 'reference'))
+                self.assertEqual(eigen.case()['method'], method)
+                self.assertEqual(eigen['head_lengths'].elements, reference['head_lengths'].elements)
+                for ours, exact in zip(eigen['smoothed'].rows(), reference['smoothed'].rows()):
+                    limit = 1e-4 * max(abs(x) for x in exact if abs(x) < 3e38)
+                    for a, b in zip(ours, exact):
+                        self.assertTrue(abs(a - b) <= limit or min(a, b) > 3e38, (a, b))
+                if method not in plain:
+                    plain[method] = self.select(KV_HEADS, *base)
+                if options:
+                    kept = [(out['smoothed'].elements, out['indices'].elements) for out in (plain[method], eigen)]
+                    self.assertNotEqual(*kept, 'the option does nothing')
 
     def test_the_written_configuration_gives_the_same_result_again(self):
         for path in (AFTER, ADAPTIVE, KV_HEADS, ADAKV):

@@ -78,7 +78,7 @@ void read_file(const std::string& path) {
     // The metric takes heads * head_dim^3 steps and that much memory over head_dim.
     if (layer.query_heads() * layer.head_dim() * layer.head_dim() > 20000) return;
     const layer_view<float> view = layer.view(c);
-    const status fits = check_layer(view, shape_of(view), std::min(c.window, layer.tokens()), c.observes(), true,
+    const status fits = check_layer(view, shape_of(view), std::min(c.window_of(view), layer.tokens()), c.observes(), true,
                                     c.measures_through_wo());
     ensure(fits.ok());
     ensure(layer.bytes_per_token() > 0 || layer.head_dim() == 0);
