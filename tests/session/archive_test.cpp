@@ -75,7 +75,8 @@ TEST_CASE("plans that cannot be") {
   CHECK(restkv::make_session_plan<float>(reference_backend(), sums(), shape).memory_bytes > 0);
   check_error(plan_error_with(sums(), [](auto& p) { p.high_water = 7; }), errc::invalid_argument, {7, 7}, "mark");
   check_error(plan_error_with(sums(), [](auto& p) { p.high_water = 0; }), errc::invalid_argument, {0}, "high_water");
-  check_error(plan_error_with(sums(), [](auto& p) { p.evict_every = -1; }), errc::invalid_argument, {-1}, "evict_every");
+  check_error(plan_error_with(sums(), [](auto& p) { p.evict_every = -1; }), errc::invalid_argument, {-1},
+              "evict_every");
   check_error(plan_error_with(sums(), [](auto& p) { p.refresh = 0; }), errc::invalid_argument, {0}, "refresh");
   check_error(plan_error_with(sums(), [](auto& p) { p.refresh = 4; }), errc::invalid_argument, {2, 3}, "recent");
   check_error(plan_error_with(sums(), [](auto& p) { p.speculation = 5000; }), errc::invalid_argument, {5000},
@@ -264,7 +265,7 @@ TEST_CASE("the layout of the bytes") {
   random_engine random(9);
   REQUIRE(append_all(owner.session, 0, token_stream(random, 4, 2, 1)).ok());
   const auto bytes = owner.bytes();
-  // Header, then layer 0: counts, lengths, one token of each KV head, running scores of 4 query heads; layer 1 is empty.
+  // Header, then layer 0: counts, lengths, a token of each KV head, running scores of 4 query heads; layer 1 is empty.
   const std::size_t head = 4 + 2 * channels * 4 + 4;
   REQUIRE(bytes.size() == 72 + (24 + 8 + 2 * head + 4 * 8) + (24 + 8) + 8);
   CHECK(std::memcmp(bytes.data(), "restkv-s\1\0\0\0\0\0\0\0\2\0\0\0\0\0\0\0\4\0\0\0", 28) == 0);
@@ -316,10 +317,13 @@ TEST_CASE("damaged bytes are refused, and the session stays as it is") {
   for (int trial = 0; trial < 3000; ++trial) {
     auto forged = bytes;
     for (index_t n = pick(random, 1, 3); n > 0; --n) {
-      const auto at = static_cast<std::size_t>(pick(random, 0, chance(random, 50) ? 120 : pick(random, 1, static_cast<index_t>(bytes.size()) - 9)));
+      const index_t last = static_cast<index_t>(bytes.size()) - 9;
+      const auto at = static_cast<std::size_t>(pick(random, 0, chance(random, 50) ? 120 : pick(random, 1, last)));
       forged[at] = static_cast<std::byte>(chance(random, 30) ? 0xff : pick(random, 0, 255));
     }
-    if (chance(random, 20)) forged.resize(static_cast<std::size_t>(pick(random, 8, static_cast<index_t>(forged.size()))));
+    if (chance(random, 20)) {
+      forged.resize(static_cast<std::size_t>(pick(random, 8, static_cast<index_t>(forged.size()))));
+    }
     sign(forged);
     const bool accepted = restkv::restore(target.session, forged).ok();
     ++outcomes[accepted ? 1 : 0];
@@ -349,7 +353,8 @@ TEST_CASE("damaged bytes are refused, and the session stays as it is") {
   // Layer 0 begins behind 72 bytes; its positions behind 3 counts and 2 lengths.
   const auto forge = [&](std::size_t at, std::int32_t number) {
     auto forged = bytes;
-    for (std::size_t i = 0; i < 4; ++i) forged[at + i] = static_cast<std::byte>(static_cast<std::uint32_t>(number) >> (8 * i) & 0xff);
+    const auto bits = static_cast<std::uint32_t>(number);
+    for (std::size_t i = 0; i < 4; ++i) forged[at + i] = static_cast<std::byte>(bits >> (8 * i) & 0xff);
     sign(forged);
     return restkv::restore(target.session, forged);
   };
@@ -388,8 +393,8 @@ TEST_CASE("attention rows must fit the cache as it is") {
   check_error(session.append_attention(0, rows, k, v), errc::invalid_argument, {11, 10}, "eviction");
   const auto part = [](const auto& tensor, index_t n) { return tensor.slice(1, 0, n); };
   check_error(session.append_attention(0, part(rows, 9), part(k, 10), part(v, 10)), errc::shape_mismatch, {9, 10});
-  check_error(session.append_attention(0, part(rows, 10).slice(2, 0, 9), part(k, 10), part(v, 10)), errc::shape_mismatch,
-              {9, 10});
+  const auto narrow = part(rows, 10).slice(2, 0, 9);
+  check_error(session.append_attention(0, narrow, part(k, 10), part(v, 10)), errc::shape_mismatch, {9, 10});
   CHECK(session.tokens_seen(0) == 0);
   REQUIRE(session.append_attention(0, part(rows, 10), part(k, 10), part(v, 10)).ok());
   CHECK(session.room(0) == 0);

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// A hundred thousand tokens under each policy (fewer where a sanitizer slows them): below the mark, at a flat cost, without an allocation.
+// A hundred thousand tokens under each policy (fewer where a sanitizer slows them): below the mark, at a flat cost,
+// without an allocation.
 #include "session/session_support.hpp"
 
 #include <restkv/backend/eigen/backend.hpp>

@@ -152,7 +152,8 @@ class pool {
     REQUIRE(real.commit(accepted).ok());
     for (index_t l = 0; l < layer_count; ++l) {
       auto& layer = naive.layers[static_cast<std::size_t>(l)];
-      for (index_t i = 0; i < accepted; ++i) naive.append(layer, inputs[static_cast<std::size_t>(l)][static_cast<std::size_t>(i)]);
+      const auto& tokens = inputs[static_cast<std::size_t>(l)];
+      for (index_t i = 0; i < accepted; ++i) naive.append(layer, tokens[static_cast<std::size_t>(i)]);
       if (naive.rule.rows && accepted > 0 && naive.room(layer) == 0) naive.evict(layer);
     }
   }

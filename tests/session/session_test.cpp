@@ -151,7 +151,9 @@ TEST_CASE("TOVA, step by step: the last query's attention, the mean of all heads
       std::vector<double> shares;
       for (const index_t n : cache) {
         double dot = 0;
-        for (index_t c = 0; c < channels; ++c) dot += double{tokens.queries()(q, t, c)} * double{tokens.keys()(q / 2, n, c)};
+        for (index_t c = 0; c < channels; ++c) {
+          dot += double{tokens.queries()(q, t, c)} * double{tokens.keys()(q / 2, n, c)};
+        }
         shares.push_back(std::exp(dot / 2));
       }
       const double sum = std::accumulate(shares.begin(), shares.end(), 0.0);
@@ -281,7 +283,8 @@ TEST_CASE("a second prompt on an evicted cache, window of queries") {
 }
 
 TEST_CASE("whole pages of 4 between 32 protected tokens at either end") {
-  // The range of pages that may go, and how many do: 196 tokens -> one of pages [8, 41), 200 -> [8, 42), 227 -> [8, 48).
+  // The range of pages that may go, and how many do: 196 tokens -> one of pages [8, 41), 200 -> [8, 42), 227 -> [8,
+  // 48).
   random_engine random(8);
   reference_backend backend;
   struct expectation {

@@ -98,7 +98,8 @@ struct running_last {
 
 /// A running score chosen at run time, see `runtime_parts.hpp`.
 struct any_running {
-  std::variant<running_sum, running_mean, running_ema, running_maximum, running_last> choice{};  ///< what it behaves like
+  /// What it behaves like.
+  std::variant<running_sum, running_mean, running_ema, running_maximum, running_last> choice{};
 
   ///@{
   /// See `running_score`; as the choice.
@@ -128,8 +129,8 @@ struct observed_score : Score {
   static constexpr bool scores_window = needs_attention_alone<Score>();
 };
 
-/// The running scores of a layer as a score of whole heads, so that they take part in the group reduction, the smoothing
-/// and the budget like any other.
+/// The running scores of a layer as a score of whole heads, so that they take part in the group reduction, the
+/// smoothing and the budget like any other.
 template <class Running>
 struct running_rows {
   static constexpr cache_part reads = cache_part::none;

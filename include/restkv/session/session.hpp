@@ -11,8 +11,8 @@
 
 namespace restkv {
 
-/// The cache of one sequence in memory of the caller's, all layers of it: tokens are appended, evictions keep it under its
-/// mark. Opened over a block of `session_plan::memory_bytes`; nothing is allocated afterwards.
+/// The cache of one sequence in memory of the caller's, all layers of it: tokens are appended, evictions keep it under
+/// its mark. Opened over a block of `session_plan::memory_bytes`; nothing is allocated afterwards.
 ///
 /// What a call does is defined token by token: before each token comes an eviction if one is due, then the token is
 /// stored, then its query is asked for running scores. A prompt in one piece, in chunks and token by token therefore
@@ -21,8 +21,9 @@ namespace restkv {
 /// The engine computes attention over `cache(layer)`, which holds the appended tokens until the next call: the eviction
 /// comes before the token after them. What the cache holds is exact; positions say where in the sequence it came from.
 ///
-/// Errors name both numbers, and the call that fails changes nothing. The exception are faults of the policy's own parts
-/// (a budget allocator that breaks its promises), which end a call between two tokens. Throws what the backend throws.
+/// Errors name both numbers, and the call that fails changes nothing. The exception are faults of the policy's own
+/// parts (a budget allocator that breaks its promises), which end a call between two tokens. Throws what the backend
+/// throws.
 template <tensor_backend Backend, class SessionPolicy, element T>
 class session {
   using running_type = typename SessionPolicy::running_type;
@@ -47,11 +48,11 @@ class session {
   }
   ~session() = default;
 
-  /// An empty sequence in `memory`, which must outlive the session, as the backend must. Fails, without touching either,
-  /// where the memory is too small or the plan was made for elements of another size.
+  /// An empty sequence in `memory`, which must outlive the session, as the backend must. Fails, without touching
+  /// either, where the memory is too small or the plan was made for elements of another size.
   [[nodiscard]] status open(Backend& backend, const session_plan<SessionPolicy>& plan, std::span<std::byte> memory) {
     if (plan.element_bytes != sizeof(T)) {
-      return status::error(errc::shape_mismatch, "the session's plan is for elements of %zu bytes, the session's have %zu",
+      return status::error(errc::shape_mismatch, "the plan is for elements of %zu bytes, the session's have %zu",
                            plan.element_bytes, sizeof(T));
     }
     if (memory.size() < plan.memory_bytes || memory.data() == nullptr) {
@@ -73,8 +74,8 @@ class session {
     for (index_t l = 0; l < layers(); ++l) memory_.layers[l].clear();
   }
 
-  /// W_O of a layer [hidden, query_heads * head_dim] and the metric from it, for scores and rescorers that measure through
-  /// W_O. Views: they must outlive the session.
+  /// W_O of a layer [hidden, query_heads * head_dim] and the metric from it, for scores and rescorers that measure
+  /// through W_O. Views: they must outlive the session.
   [[nodiscard]] status set_projection(index_t layer, const tensor_view<const T, 2>& projection,
                                       const output_metric_view& metric) noexcept {
     RESTKV_RETURN_IF_FAILED(check_layer_index(layer));
@@ -109,10 +110,10 @@ class session {
     return {};
   }
 
-  /// Appends n tokens with the attention that their queries paid, for a running score, in an engine whose kernel computes
-  /// it: attention[h][i][j], the share of slot j of query head h, over the cache as it is, whose slots lie before the new
-  /// tokens. [query_heads, n, at least the longest head + n]; row i is read up to its own token. At most `room(layer)`
-  /// tokens at a time, as an eviction between them would move the slots.
+  /// Appends n tokens with the attention that their queries paid, for a running score, in an engine whose kernel
+  /// computes it: attention[h][i][j], the share of slot j of query head h, over the cache as it is, whose slots lie
+  /// before the new tokens. [query_heads, n, at least the longest head + n]; row i is read up to its own token. At most
+  /// `room(layer)` tokens at a time, as an eviction between them would move the slots.
   template <element A>
   [[nodiscard]] status append_attention(index_t layer, const tensor_view<const A, 3>& attention,
                                         const tensor_view<const T, 3>& key, const tensor_view<const T, 3>& value) {
@@ -201,8 +202,8 @@ class session {
     return {};
   }
 
-  /// Holds evictions and running scores: tokens appended from now on can be taken back. Fails during speculation and where
-  /// the plan leaves no room for it.
+  /// Holds evictions and running scores: tokens appended from now on can be taken back. Fails during speculation and
+  /// where the plan leaves no room for it.
   [[nodiscard]] status begin_speculation() noexcept {
     RESTKV_RETURN_IF_FAILED(check_open());
     if (speculating_) return status::error(errc::invalid_argument, "speculation has begun already");
@@ -242,9 +243,9 @@ class session {
     return {};
   }
 
-  /// The cache of a layer, speculated tokens included, as a view for attention kernels, `output_error` and the like: keys
-  /// and values [1, kv_heads, longest head, head_dim] with the length of each head, and the kept queries. Valid until the
-  /// next call that appends or evicts.
+  /// The cache of a layer, speculated tokens included, as a view for attention kernels, `output_error` and the like:
+  /// keys and values [1, kv_heads, longest head, head_dim] with the length of each head, and the kept queries. Valid
+  /// until the next call that appends or evicts.
   [[nodiscard]] layer_view<T> cache(index_t layer) const noexcept {
     const layer_type& s = memory_.layers[layer];
     layer_view<T> view;
@@ -255,12 +256,14 @@ class session {
     view.projection = s.projection;
     view.metric = s.metric;
     const index_t queries = std::min(plan_.window, s.seen + s.speculated);
-    view.query = with_batch(s.queries).slice(2, queries == 0 ? 0 : s.query_row(s.seen + s.speculated - queries), queries);
+    const index_t first = queries == 0 ? 0 : s.query_row(s.seen + s.speculated - queries);
+    view.query = with_batch(s.queries).slice(2, first, queries);
     return view;
   }
 
   ///@{
-  /// Of the plan, of a layer, or of a head's cache. Speculated tokens count in the length of a head, not among those seen.
+  /// Of the plan, of a layer, or of a head's cache. Speculated tokens count in the length of a head, not among those
+  /// seen.
   [[nodiscard]] const session_plan<SessionPolicy>& plan_of() const noexcept { return plan_; }
   [[nodiscard]] index_t layers() const noexcept { return backend_ == nullptr ? 0 : plan_.shape.layers; }
   [[nodiscard]] bool speculating() const noexcept { return speculating_; }
@@ -299,11 +302,12 @@ class session {
     if (&other == this) return {};
     const problem_shape& a = plan_.shape;
     const problem_shape& b = other.plan_.shape;
-    if (a.layers != b.layers || a.query_heads != b.query_heads || a.kv_heads != b.kv_heads || a.head_dim != b.head_dim ||
-        a.tokens != b.tokens || plan_.window != other.plan_.window || plan_.query_rows != other.plan_.query_rows) {
+    if (a.layers != b.layers || a.query_heads != b.query_heads || a.kv_heads != b.kv_heads ||
+        a.head_dim != b.head_dim || a.tokens != b.tokens || plan_.window != other.plan_.window ||
+        plan_.query_rows != other.plan_.query_rows) {
       return status::error(errc::shape_mismatch,
-                           "sessions of different plans: %lld and %lld layers, %lld and %lld KV heads, %lld and %lld tokens "
-                           "a head, windows of %lld and %lld queries",
+                           "sessions of different plans: %lld and %lld layers, %lld and %lld KV heads, %lld and %lld "
+                           "tokens a head, windows of %lld and %lld queries",
                            static_cast<long long>(a.layers), static_cast<long long>(b.layers),
                            static_cast<long long>(a.kv_heads), static_cast<long long>(b.kv_heads),
                            static_cast<long long>(a.tokens), static_cast<long long>(b.tokens),
@@ -388,7 +392,8 @@ class session {
     if (room(layer) > 0) return {};
     RESTKV_RETURN_IF_FAILED(evict(layer));
     if (room(layer) > 0) return {};
-    return status::error(errc::invalid_argument, "layer %lld has %lld tokens in its longest head after an eviction: no room",
+    return status::error(errc::invalid_argument,
+                         "layer %lld has %lld tokens in its longest head after an eviction: no room",
                          static_cast<long long>(layer), static_cast<long long>(memory_.layers[layer].longest()));
   }
 
@@ -440,8 +445,8 @@ class session {
     }
   }
 
-  /// Appends the first tokens that were just taken back. They still lie behind their heads, where no eviction on the way
-  /// reaches.
+  /// Appends the first tokens that were just taken back. They still lie behind their heads, where no eviction on the
+  /// way reaches.
   [[nodiscard]] status accept(index_t layer, index_t accepted) {
     layer_type& s = memory_.layers[layer];
     const index_t heads = plan_.shape.kv_heads;

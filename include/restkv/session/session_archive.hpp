@@ -6,7 +6,8 @@
 ///
 ///     "restkv-s"                                              8 bytes
 ///     version, element type (0 float, 1 double, 2 half, 3 bfloat16)              2 x uint32
-///     layers, query heads, KV heads, head_dim, tokens a head can hold, kept queries, 1 with running scores    7 x int64
+///     layers, query heads, KV heads, head_dim, tokens a head can hold, kept queries,
+///       1 with running scores                                                    7 x int64
 ///     for each layer:
 ///       tokens seen, tokens since the last eviction, evictions                   3 x int64
 ///       length of each KV head                                                   int32 [kv_heads]
@@ -40,7 +41,8 @@ void copy_little_endian(const T* source, std::byte* bytes, index_t count) noexce
   std::memcpy(bytes, source, static_cast<std::size_t>(count) * sizeof(T));
   if constexpr (std::endian::native == std::endian::big) {
     for (index_t i = 0; i < count; ++i) {
-      std::reverse(bytes + static_cast<std::size_t>(i) * sizeof(T), bytes + static_cast<std::size_t>(i + 1) * sizeof(T));
+      std::byte* const number = bytes + static_cast<std::size_t>(i) * sizeof(T);
+      std::reverse(number, number + sizeof(T));
     }
   }
 }
@@ -77,7 +79,8 @@ class session_archive {
   }
 
   /// See `restkv::serialise`.
-  [[nodiscard]] static status serialise(const session_type& from, std::span<std::byte> out, std::size_t& written) noexcept {
+  [[nodiscard]] static status serialise(const session_type& from, std::span<std::byte> out,
+                                        std::size_t& written) noexcept {
     RESTKV_RETURN_IF_FAILED(from.check_open());
     if (from.speculating_) {
       return status::error(errc::invalid_argument, "a session is not serialised during speculation");
@@ -207,7 +210,8 @@ class session_archive {
     std::uint64_t stored = 0;
     detail::copy_little_endian(bytes.data() + at, &stored, 1);
     if (stored != sum) {
-      return status::error(errc::invalid_argument, "the serialised session is damaged: its checksum is %016llx, not %016llx",
+      return status::error(errc::invalid_argument,
+                           "the serialised session is damaged: its checksum is %016llx, not %016llx",
                            static_cast<unsigned long long>(sum), static_cast<unsigned long long>(stored));
     }
     return {};
@@ -224,8 +228,8 @@ class session_archive {
     if (seen < 0 || seen > std::numeric_limits<position_t>::max() || counts[1] < 0 || counts[1] > seen ||
         counts[2] < 0 || counts[2] > seen) {
       return status::error(errc::invalid_argument,
-                           "the serialised layer %lld has seen %lld tokens, %lld since the last of %lld evictions", ll(l),
-                           ll(seen), ll(counts[1]), ll(counts[2]));
+                           "the serialised layer %lld has seen %lld tokens, %lld since the last of %lld evictions",
+                           ll(l), ll(seen), ll(counts[1]), ll(counts[2]));
     }
     const std::byte* const lengths = bytes.data() + at + 3 * 8;
     const auto number_at = [](const std::byte* numbers, index_t i) -> index_t {
@@ -237,7 +241,8 @@ class session_archive {
     for (index_t h = 0; h < shape.kv_heads; ++h) {
       const index_t most = std::min(seen, shape.tokens - to.plan_.policy.speculation);
       if (length(h) >= 0 && length(h) <= most) continue;
-      return status::error(errc::invalid_argument, "head %lld of the serialised layer %lld has %lld tokens, at most %lld fit",
+      return status::error(errc::invalid_argument,
+                           "head %lld of the serialised layer %lld has %lld tokens, at most %lld fit",
                            ll(h), ll(l), ll(length(h)), ll(most));
     }
     const std::size_t size = layer_bytes(to.plan_, seen, length);
@@ -252,8 +257,8 @@ class session_archive {
         const index_t position = number_at(next, i);
         if (position <= previous || position >= seen) {
           return status::error(errc::invalid_argument,
-                               "position %lld in slot %lld of head %lld of the serialised layer %lld: must be above %lld and "
-                               "below %lld",
+                               "position %lld in slot %lld of head %lld of the serialised layer %lld: must be above "
+                               "%lld and below %lld",
                                ll(position), ll(i), ll(h), ll(l), ll(previous), ll(seen));
         }
         previous = position;
@@ -264,8 +269,8 @@ class session_archive {
         const index_t observers = number_at(next, i);
         if (observers >= 0 && observers <= seen) continue;
         return status::error(errc::invalid_argument,
-                             "slot %lld of head %lld of the serialised layer %lld was seen by %lld of %lld queries", ll(i),
-                             ll(h), ll(l), ll(observers), ll(seen));
+                             "slot %lld of head %lld of the serialised layer %lld was seen by %lld of %lld queries",
+                             ll(i), ll(h), ll(l), ll(observers), ll(seen));
       }
       next += 4 * length(h);
     }
@@ -281,8 +286,8 @@ template <tensor_backend Backend, class SessionPolicy, element T>
 }
 
 /// Writes a session to `out`, which may be larger, and says how many bytes that took. Fails, without writing, where the
-/// room is too small and during speculation. Neither the policy's parameters nor W_O are written: restore with a plan of
-/// the same policy.
+/// room is too small and during speculation. Neither the policy's parameters nor W_O are written: restore with a plan
+/// of the same policy.
 template <tensor_backend Backend, class SessionPolicy, element T>
 [[nodiscard]] status serialise(const session<Backend, SessionPolicy, T>& from, std::span<std::byte> out,
                                std::size_t& written) noexcept {
@@ -290,8 +295,8 @@ template <tensor_backend Backend, class SessionPolicy, element T>
 }
 
 /// Makes an open session what `serialise` wrote, bit for bit, whatever it held; a speculation is over. Everything is
-/// checked first: bytes of another kind, version, element type or plan, cut, too long or damaged ones are refused, and the
-/// session stays as it is.
+/// checked first: bytes of another kind, version, element type or plan, cut, too long or damaged ones are refused, and
+/// the session stays as it is.
 template <tensor_backend Backend, class SessionPolicy, element T>
 [[nodiscard]] status restore(session<Backend, SessionPolicy, T>& to, std::span<const std::byte> bytes) noexcept {
   return session_archive<Backend, SessionPolicy, T>::restore(to, bytes);

@@ -28,9 +28,9 @@ struct session_memory {
     layers = space.take<session_layer<T>>(shape.layers);
     for (index_t i = 0; i < shape.layers; ++i) {
       session_layer<T> layer;
-      layer.key = {space.take<T>(shape.kv_heads * capacity * shape.head_dim), {shape.kv_heads, capacity, shape.head_dim}};
-      layer.value = {space.take<T>(shape.kv_heads * capacity * shape.head_dim),
-                     {shape.kv_heads, capacity, shape.head_dim}};
+      const std::array<index_t, 3> cache{shape.kv_heads, capacity, shape.head_dim};
+      layer.key = {space.take<T>(cache[0] * cache[1] * cache[2]), cache};
+      layer.value = {space.take<T>(cache[0] * cache[1] * cache[2]), cache};
       layer.positions = {space.take<position_t>(shape.kv_heads * capacity), {shape.kv_heads, capacity}};
       layer.lengths = {space.take<std::int32_t>(shape.kv_heads), {1, shape.kv_heads}};
       layer.queries = {space.take<T>(shape.query_heads * 2 * plan.query_rows * shape.head_dim),
@@ -40,8 +40,8 @@ struct session_memory {
         layer.observers = {space.take<std::int32_t>(shape.kv_heads * capacity), {shape.kv_heads, capacity}};
       }
       if (plan.policy.attention_rows) {
-        const index_t rows = plan.policy.speculation;
-        layer.attention = {space.take<double>(rows * shape.query_heads * capacity), {rows, shape.query_heads, capacity}};
+        const std::array<index_t, 3> rows{plan.policy.speculation, shape.query_heads, capacity};
+        layer.attention = {space.take<double>(rows[0] * rows[1] * rows[2]), rows};
       }
       // A workspace that is too small hands out null from where it ends.
       if (layer.lengths.data != nullptr) std::fill_n(layer.lengths.data, shape.kv_heads, 0);

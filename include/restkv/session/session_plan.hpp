@@ -147,7 +147,8 @@ template <class SessionPolicy>
                            "score");
     }
     if (session.attention_rows && !reads_attention_rows<score_t>) {
-      return status::error(errc::unsupported, "from attention rows only attention and odds are known: the score needs more");
+      return status::error(errc::unsupported,
+                           "from attention rows only attention and odds are known: the score needs more");
     }
   } else {
     if (session.refresh != 1) {
@@ -172,15 +173,17 @@ template <class SessionPolicy>
   return {};
 }
 
-/// Tokens of a head that the session must hold: the mark where all heads have the same, or as many as heads that compete
-/// can give to one.
+/// Tokens of a head that the session must hold: the mark where all heads have the same, or as many as heads that
+/// compete can give to one.
 template <class Policy>
 [[nodiscard]] status session_capacity(const Policy& policy, const problem_shape& shape, index_t high_water,
                                       index_t& capacity) noexcept {
   const auto ll = [](index_t n) { return static_cast<long long>(n); };
   const index_t unit = policy.granularity.tokens;
   const index_t rows = policy.granularity.shared ? 1 : shape.kv_heads;
-  const index_t ends = unit == 1 ? 0 : (policy.protect.sink + unit - 1) / unit + (policy.recent() + unit - 1) / unit + 1;
+  // Units with a protected token, wherever the sequence ends.
+  const index_t ends =
+      unit == 1 ? 0 : (policy.protect.sink + unit - 1) / unit + (policy.recent() + unit - 1) / unit + 1;
   const auto tokens_of = [&](const budget_problem& problem) {
     return std::max(policy.budget.tokens_per_head(problem), ends) * unit;
   };
