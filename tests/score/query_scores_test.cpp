@@ -544,7 +544,8 @@ row with_ends(const row& scores, index_t sink, index_t recent, double lowest) {
   }
   row out = scores;
   for (index_t n = 0; n < length; ++n) {
-    if (n < first || n >= end) out[static_cast<std::size_t>(n)] = first == end || most == std::numeric_limits<double>::lowest() ? 0 : most;
+    const bool none = most == std::numeric_limits<double>::lowest();
+    if (n < first || n >= end) out[static_cast<std::size_t>(n)] = first == end || none ? 0 : most;
   }
   return out;
 }

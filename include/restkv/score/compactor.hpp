@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 /// @file
-/// `non_causal_attention`, the attention within chunks of a prompt regardless of order, and `compactor`, which blends it
-/// with leverage.
+/// `non_causal_attention`, the attention within chunks of a prompt regardless of order, and `compactor`, which blends
+/// it with leverage.
 #pragma once
 
 #include <restkv/core/scratch.hpp>
@@ -164,8 +164,8 @@ struct non_causal_attention {
 /// deviation. The release takes mean and deviation over all heads of a layer, here they are the head's own; and it
 /// blends with the part of the cache that is evicted, 0.35 where that is not known.
 ///
-/// Sinks and recent tokens get the largest score of the others, or 0: protect them. A token that either score knows nothing of
-/// scores NaN, and does not count among its neighbours. Cost: both scores'.
+/// Sinks and recent tokens get the largest score of the others, or 0: protect them. A token that is NaN in either score
+/// is NaN, and counts 0 for its neighbours. Cost: both scores'.
 template <element Query = float>
 struct compactor {
   non_causal_attention<Query> attention{.sink = 8, .recent = 4};  ///< with every query of the prompt
@@ -180,7 +180,8 @@ struct compactor {
     RESTKV_RETURN_IF_FAILED(attention.check());
     RESTKV_RETURN_IF_FAILED(leverage.check());
     if (blending >= 0 && std::isfinite(blending)) return {};
-    return status::error(errc::invalid_argument, "blending of compactor is %g, must be at least 0 and finite", blending);
+    return status::error(errc::invalid_argument, "blending of compactor is %g, must be at least 0 and finite",
+                         blending);
   }
   [[nodiscard]] status check(const problem_shape& shape) const noexcept { return attention.check(shape); }
 
