@@ -513,6 +513,50 @@ TEST_CASE("compaction of pages fails with nothing changed") {
   }
 }
 
+TEST_CASE("random tables, right or wrong, are compacted or left alone") {
+  random_engine random(91);
+  index_t compacted = 0, refused = 0;
+  for (int trial = 0; trial < 20000; ++trial) {
+    damaged d;
+    for (int i = 0; i < 3; ++i) {
+      const auto page = static_cast<page_t>(pick(random, 0, 4));
+      if (chance(random, 50)) static_cast<void>(d.pool.share(page));
+      if (chance(random, 20)) d.ids[static_cast<std::size_t>(i)] = static_cast<page_t>(pick(random, -1, 5));
+    }
+    if (chance(random, 20)) d.lengths[0] = static_cast<position_t>(pick(random, -1, 13));
+    for (auto& head : d.heads) {
+      head.clear();
+      const position_t end = chance(random, 5) ? 14 : d.lengths[0];
+      for (position_t n = 0; n < end; ++n) {
+        if (chance(random, 50)) head.push_back(chance(random, 1) ? static_cast<position_t>(pick(random, -1, 13)) : n);
+      }
+    }
+    // What slots must hold afterwards.
+    std::vector<float> expected;
+    const auto each_kept = [&](const auto& visit) {
+      for (std::size_t h = 0; h < 2; ++h) {
+        for (std::size_t i = 0; i < d.heads[h].size(); ++i) visit(static_cast<index_t>(h), static_cast<index_t>(i));
+      }
+    };
+    each_kept([&](index_t h, index_t i) {
+      const position_t n = d.heads[static_cast<std::size_t>(h)][static_cast<std::size_t>(i)];
+      const page_t page = n < 0 || n >= 12 ? -1 : d.ids[static_cast<std::size_t>(n / 4)];
+      expected.push_back(page < 0 || page > 4 ? -1.0f : d.key(page, h, n % 4, 2));
+    });
+    if (!d.compact().ok()) {  // checks that nothing changed
+      ++refused;
+      continue;
+    }
+    ++compacted;
+    std::size_t next = 0;
+    each_kept([&](index_t h, index_t i) {
+      REQUIRE(d.key(d.ids[static_cast<std::size_t>(i / 4)], h, i % 4, 2) == expected[next++]);
+    });
+  }
+  CHECK(compacted > 2000);
+  CHECK(refused > 2000);
+}
+
 TEST_CASE("sequences of pages refuse what does not fit") {
   damaged d;
   const auto extend = [&](index_t sequence, index_t count) {

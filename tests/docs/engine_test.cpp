@@ -3,13 +3,21 @@
 #include "support/arranged_layer.hpp"
 #include "support/catch.hpp"
 
+#include <restkv/cache/paged_compact.hpp>
+#include <restkv/cache/paged_gather.hpp>
+#include <restkv/cache/paged_sequence.hpp>
+#include <restkv/cache/quantise.hpp>
+#include <restkv/cache/quantised_gather.hpp>
 #include <restkv/cache/rope.hpp>
+#include <restkv/cache/split_kept.hpp>
 #include <restkv/compact.hpp>
 #include <restkv/presets.hpp>
 #include <restkv/reference/backend.hpp>
 #include <restkv/select.hpp>
 
+#include <algorithm>
 #include <array>
+#include <cmath>
 #include <string>
 #include <vector>
 
@@ -285,4 +293,264 @@ TEST_CASE("compaction in place, scales beside the cache, new positions", "[docs]
   //! [rope]
   const double angle = (4.0 - kept.positions(1, 1, 4)) * frequencies[0];
   CHECK(key(1, 1, 4, 0) == Approx(first * std::cos(angle) - fifth * std::sin(angle)).margin(1e-5));
+}
+
+namespace {
+
+/// A pool of pages with one sequence whose tokens lie in pages in reverse, and the same layer in one piece.
+struct paged_layer {
+  static constexpr index_t page_size = 16, pages = 12, most_pages = 8, tokens = 90;
+  restkv_test::arranged_layer<float> whole;
+  std::vector<float> key_memory, value_memory;
+  restkv::tensor_view<float, 4> key_pages, value_pages;
+  std::vector<std::byte> pool_memory = std::vector<std::byte>(restkv::page_pool::required_bytes(pages));
+  restkv::page_pool pool;
+  std::vector<restkv::page_t> ids = std::vector<restkv::page_t>(most_pages, restkv::no_page);
+  std::vector<position_t> lengths{0};
+  restkv::page_tables tables{{ids.data(), {1, 1, most_pages}}, {lengths.data(), {1, 1}}};
+
+  paged_layer()
+      : whole({.query_heads = 4, .kv_heads = 2, .head_dim = 8, .tokens = tokens}),
+        key_memory(pages * 2 * page_size * 8),
+        value_memory(key_memory.size()),
+        key_pages(key_memory.data(), {pages, 2, page_size, 8}),
+        value_pages(value_memory.data(), {pages, 2, page_size, 8}) {
+    REQUIRE(pool.reset(pages, restkv::workspace(pool_memory)).ok());
+    REQUIRE(restkv::extend_sequence(pool, tables, 0, tokens, key_pages, value_pages).ok());
+    std::reverse(ids.begin(), ids.begin() + 6);
+    const restkv::paged_layout<float> key{key_pages, tables}, value{value_pages, tables};
+    for (index_t h = 0; h < 2; ++h) {
+      for (index_t n = 0; n < tokens; ++n) {
+        for (index_t c = 0; c < 8; ++c) {
+          key.row(0, h, n)(c) = whole.key(0, h, n, c);
+          value.row(0, h, n)(c) = whole.value(0, h, n, c);
+        }
+      }
+    }
+  }
+};
+
+template <class Kept, class Other>
+void check_same_kept(const Kept& kept, const Other& other) {
+  REQUIRE(kept.heads() == other.heads());
+  for (index_t h = 0; h < kept.heads(); ++h) {
+    REQUIRE(kept.lengths(0, h) == other.lengths(0, h));
+    for (index_t i = 0; i < kept.lengths(0, h); ++i) CHECK(kept.positions(0, h, i) == other.positions(0, h, i));
+  }
+}
+
+}  // namespace
+
+TEST_CASE("a cache in pages", "[docs]") {
+  paged_layer engine;
+  auto& [whole, key_memory, value_memory, key_pages, value_pages, pool_memory, pool, ids, lengths, tables] = engine;
+  const index_t most_pages = engine.most_pages;
+  const auto queries = whole.view().query;
+  restkv::reference_backend backend;
+  const auto policy = restkv::presets::snap_kv(40);
+  const auto of_whole = restkv::select(backend, policy, whole.view());
+
+  //! [page_chunks]
+  // `tables` has the ids and the length of one sequence, [1, 1, most_pages] and [1, 1].
+  const restkv::paged_layout<const float> key{key_pages, tables}, value{value_pages, tables};
+  std::vector<restkv::tensor_view<const float, 4>> key_chunks(most_pages), value_chunks(most_pages);  // once
+  restkv::layer_view<float> layer;
+  layer.query = queries;
+  restkv::throw_if_failed(restkv::page_chunks(key, 0, 0, key_chunks, layer.key));
+  restkv::throw_if_failed(restkv::page_chunks(value, 0, 0, value_chunks, layer.value));
+  const auto plan = restkv::make_plan(backend, policy, restkv::shape_of(layer));
+  std::vector<std::byte> memory(plan.workspace_bytes);
+  const auto kept = restkv::select(backend, plan, layer, restkv::workspace(memory));
+  //! [page_chunks]
+  check_same_kept(kept, of_whole.kept());
+
+  //! [compact_pages]
+  // Keys, values and whatever else lies in pages of the same tables. The pool has taken `moves.freed` back.
+  std::vector<std::byte> page_memory(restkv::page_moves_bytes(tables));  // once
+  restkv::page_moves moves;
+  restkv::throw_if_failed(restkv::compact_pages(pool, kept, tables, restkv::workspace(page_memory), moves,
+                                                key_pages, value_pages));
+  //! [compact_pages]
+  CHECK(lengths[0] == 40);
+  CHECK(moves.freed.size() == 3);
+  CHECK(pool.available() == 12 - 3);
+  for (index_t i = 0; i < 40; ++i) CHECK(value.row(0, 1, i)(3) == whole.value(0, 1, kept.positions(0, 1, i), 3));
+}
+
+TEST_CASE("tables for each head, copied out of their pages", "[docs]") {
+  // Two heads with 60 and 90 tokens in pages of one head.
+  const restkv_test::arranged_layer<float> made({.query_heads = 4, .kv_heads = 2, .head_dim = 8, .tokens = 90});
+  std::vector<restkv::page_t> ids(2 * 6, restkv::no_page);
+  const std::vector<position_t> lengths{60, 90};
+  for (std::size_t i = 0; i < 4; ++i) ids[i] = static_cast<restkv::page_t>(9 - 2 * i);
+  for (std::size_t i = 0; i < 6; ++i) ids[6 + i] = static_cast<restkv::page_t>(i < 5 ? 2 * i : 1);
+  const restkv::const_page_tables tables({ids.data(), {1, 2, 6}}, {lengths.data(), {1, 2}});
+  std::vector<float> key_memory(10 * 16 * 8), value_memory(key_memory.size());
+  const restkv::tensor_view<float, 4> key_pages(key_memory.data(), {10, 1, 16, 8}), value_pages(value_memory.data(), {10, 1, 16, 8});
+  const restkv::paged_layout<float> key{key_pages, tables}, value{value_pages, tables};
+  REQUIRE(key.check().ok());
+  for (index_t h = 0; h < 2; ++h) {
+    for (index_t n = 0; n < key.length(0, h); ++n) {
+      for (index_t c = 0; c < 8; ++c) key.row(0, h, n)(c) = made.key(0, h, n, c), value.row(0, h, n)(c) = made.value(0, h, n, c);
+    }
+  }
+  const index_t kv_heads = 2, longest = 90, head_dim = 8;
+  std::vector<float> scratch(2 * kv_heads * longest * head_dim);
+  const auto queries = made.view().query;
+
+  //! [copy_pages]
+  // A table for each KV head; heads have different numbers of tokens. `scratch` serves all layers.
+  const std::array<index_t, 4> extents{1, kv_heads, longest, head_dim};
+  const restkv::tensor_view<float, 4> keys(scratch.data(), extents);
+  const restkv::tensor_view<float, 4> values(scratch.data() + keys.size(), extents);
+  restkv::throw_if_failed(restkv::copy_pages(key, keys));
+  restkv::throw_if_failed(restkv::copy_pages(value, values));
+  restkv::layer_view<float> layer;
+  layer.query = queries;
+  layer.key = keys;
+  layer.value = values;
+  layer.head_lengths = tables.lengths;
+  layer.pad = restkv::padding::right;
+  //! [copy_pages]
+
+  restkv::reference_backend backend;
+  const auto selected = restkv::select(backend, restkv::presets::snap_kv(40), layer);
+  CHECK(selected.kept().lengths(0, 0) == 40);
+  CHECK(selected.kept().lengths(0, 1) == 40);
+  CHECK(selected.kept().positions(0, 0, 39) == 59);
+  CHECK(selected.kept().positions(0, 1, 39) == 89);
+}
+
+namespace {
+
+/// An engine's own block manager, for the documentation.
+struct block_manager {
+  std::vector<int> reference_counts = std::vector<int>(8, 0);
+  std::vector<int> free_blocks{7, 6, 5, 4, 3, 2, 1, 0};
+};
+
+//! [page_allocator]
+/// A `page_allocator` over a block manager.
+struct engine_pages {
+  block_manager& blocks;
+
+  index_t pages() const { return static_cast<index_t>(blocks.reference_counts.size()); }
+  index_t available() const { return static_cast<index_t>(blocks.free_blocks.size()); }
+  index_t references(restkv::page_t page) const { return blocks.reference_counts[static_cast<std::size_t>(page)]; }
+  restkv::status allocate(restkv::page_t& page) {
+    if (blocks.free_blocks.empty()) {
+      return restkv::status::error(restkv::errc::workspace_too_small, "all %d blocks are in use",
+                                   static_cast<int>(pages()));
+    }
+    page = blocks.free_blocks.back();
+    blocks.free_blocks.pop_back();
+    return share(page);
+  }
+  restkv::status share(restkv::page_t page) {
+    ++blocks.reference_counts[static_cast<std::size_t>(page)];
+    return {};
+  }
+  restkv::status release(restkv::page_t page, bool& freed) {
+    freed = --blocks.reference_counts[static_cast<std::size_t>(page)] == 0;
+    if (freed) blocks.free_blocks.push_back(page);
+    return {};
+  }
+};
+//! [page_allocator]
+static_assert(restkv::page_allocator<engine_pages>);
+
+}  // namespace
+
+TEST_CASE("pages of an engine's own block manager", "[docs]") {
+  block_manager blocks;
+  engine_pages pages{blocks};
+  std::vector<restkv::page_t> ids(2 * 3, restkv::no_page);
+  std::vector<position_t> lengths{0, 0};
+  const restkv::page_tables tables({ids.data(), {2, 1, 3}}, {lengths.data(), {2, 1}});
+  std::vector<float> memory(8 * 4);
+  const restkv::tensor_view<float, 4> pool(memory.data(), {8, 1, 4, 1});
+  REQUIRE(restkv::extend_sequence(pages, tables, 0, 10, pool).ok());
+  for (index_t n = 0; n < 10; ++n) pool(ids[static_cast<std::size_t>(n / 4)], 0, n % 4, 0) = static_cast<float>(n);
+  REQUIRE(restkv::fork_sequence(pages, tables, 4, 0, 1).ok());
+  const std::vector<position_t> positions{0, 1, 2, 3, 5, 9}, kept_lengths{6};
+  const restkv::const_kept_tokens kept({positions.data(), {1, 1, 6}}, {kept_lengths.data(), {1, 1}});
+  std::vector<std::byte> plan_memory(restkv::page_moves_bytes(tables));
+  restkv::page_moves moves;
+  REQUIRE(restkv::compact_pages(pages, kept, tables.sequence(1), restkv::workspace(plan_memory), moves, pool).ok());
+  CHECK(ids[3] == ids[0]);  // the first page is still shared
+  CHECK(ids[4] != ids[1]);
+  CHECK(blocks.reference_counts == std::vector<int>{2, 1, 1, 1, 0, 0, 0, 0});
+  CHECK(pool(ids[4], 0, 1, 0) == 9.0f);
+  CHECK(pool(ids[1], 0, 1, 0) == 5.0f);
+  REQUIRE(restkv::release_sequence(pages, tables, 4, 0).ok());
+  REQUIRE(restkv::release_sequence(pages, tables, 4, 1).ok());
+  CHECK(pages.available() == 8);
+}
+
+TEST_CASE("a quantised cache, scored and compacted", "[docs]") {
+  const index_t tokens = 160, quantised = 128, kv_heads = 2, head_dim = 8;
+  const restkv_test::arranged_layer<float> made(
+      {.query_heads = 4, .kv_heads = kv_heads, .head_dim = head_dim, .tokens = tokens});
+  const auto all = made.view();
+  const auto old_keys = restkv::tensor_view<const float, 4>(made.key).slice(2, 0, quantised);
+  const auto new_keys = restkv::tensor_view<const float, 4>(made.key).slice(2, quantised, tokens - quantised);
+  std::vector<std::uint8_t> code_memory(static_cast<std::size_t>(kv_heads * quantised * head_dim / 2));
+  std::vector<half> scale_memory(static_cast<std::size_t>(kv_heads * 4 * head_dim)), offset_memory(scale_memory.size());
+  std::uint8_t* const codes = code_memory.data();
+  half* const scales = scale_memory.data();
+  half* const offsets = offset_memory.data();
+
+  //! [quantise]
+  // Keys of 4 bits; each channel has a scale and an offset for every 32 tokens.
+  const restkv::quantised_view<half> keys{.codes = {codes, {1, kv_heads, quantised, head_dim / 2}},
+                                          .scale = {scales, {1, kv_heads, quantised / 32, head_dim}},
+                                          .offset = {offsets, {1, kv_heads, quantised / 32, head_dim}},
+                                          .tokens = quantised,
+                                          .channels = head_dim,
+                                          .tokens_per_group = 32,
+                                          .channels_per_group = 1,
+                                          .format = {.bits = 4, .is_signed = false}};
+  restkv::throw_if_failed(restkv::quantise(old_keys, keys));  // or the codes that you have
+  //! [quantise]
+
+  restkv::layer_view<float> layer;
+  layer.query = all.query;
+  layer.value = all.value;
+  //! [dequantise]
+  restkv::workspace counted;
+  restkv::tensor_view<float, 4> numbers;
+  restkv::throw_if_failed(restkv::dequantise(keys, counted, numbers));  // counts only
+  std::vector<std::byte> memory(counted.required_bytes());              // once, for all layers
+  restkv::workspace scratch(memory);
+  restkv::throw_if_failed(restkv::dequantise(keys, scratch, numbers));
+  const std::array<restkv::tensor_view<const float, 4>, 2> key_chunks{numbers, new_keys};
+  layer.key = {key_chunks.data(), 2};
+  //! [dequantise]
+  for (index_t n = 0; n < quantised; ++n) {
+    CHECK(std::abs(numbers(0, 1, n, 3) - made.key(0, 1, n, 3)) <
+          0.51f * static_cast<float>(keys.scale(0, 1, n / 32, 3)) + 0.01f);
+  }
+
+  restkv::reference_backend backend;
+  const auto selected = restkv::select(backend, restkv::presets::snap_kv(70), layer);
+  const restkv::const_kept_tokens kept = selected.kept();
+  const index_t capacity = kept.capacity();
+  std::vector<position_t> front_memory(static_cast<std::size_t>(kv_heads * capacity)), back_memory(front_memory.size());
+  std::vector<position_t> front_lengths(kv_heads), back_lengths(kv_heads);
+  const restkv::kept_tokens front({front_memory.data(), {1, kv_heads, capacity}}, {front_lengths.data(), {1, kv_heads}});
+  const restkv::kept_tokens back({back_memory.data(), {1, kv_heads, capacity}}, {back_lengths.data(), {1, kv_heads}});
+  std::vector<float> new_memory(static_cast<std::size_t>(kv_heads * 32 * head_dim));
+  const restkv::dense_layout<float> kept_new_keys{{new_memory.data(), {1, kv_heads, 32, head_dim}}};
+  const float before = numbers(0, 1, kept.positions(0, 1, 0), 3);
+
+  //! [gather_quantised]
+  // Kept tokens of the quantised part, and of the newest tokens behind it.
+  restkv::throw_if_failed(restkv::split_kept(kept, quantised, front, back));
+  restkv::throw_if_failed(restkv::compact_in_place(front, keys));  // or gather_tokens(front, keys, other_keys)
+  restkv::throw_if_failed(restkv::gather_tokens(back, new_keys, kept_new_keys));
+  //! [gather_quantised]
+  CHECK(front_lengths[1] + back_lengths[1] == 70);
+  CHECK(back_lengths[1] == 32);
+  CHECK(std::abs(keys.value(0, 1, 0, 3) - before) <= 0.51f * static_cast<float>(keys.scale(0, 1, 0, 3)) + 0.01f);
+  CHECK(kept_new_keys.rows(0, 1, 31, 5) == made.key(0, 1, tokens - 1, 5));
 }

@@ -8,6 +8,7 @@
 
 #include <concepts>
 #include <cstdint>
+#include <cstring>
 
 namespace restkv {
 
@@ -77,10 +78,8 @@ class page_pool {
     references_ = references;
     free_ = free;
     pages_ = available_ = pages;
-    for (index_t i = 0; i < pages; ++i) {
-      references_[i] = 0;
-      free_[i] = static_cast<page_t>(pages - 1 - i);
-    }
+    if (pages > 0) std::memset(references_, 0, static_cast<std::size_t>(pages) * sizeof *references_);
+    for (page_t page = 0; page < pages; ++page) free_[pages - 1 - page] = page;
     return {};
   }
 

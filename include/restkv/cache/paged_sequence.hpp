@@ -55,7 +55,7 @@ template <page_allocator Allocator, class First, class... Rest>
   const page_tables mine = tables.sequence(sequence);
   RESTKV_RETURN_IF_FAILED(check_tables(mine, in_pool, page_size));
   status outcome = detail::check_pool_tensor(pages, in_pool, page_size);
-  const auto check = [&](const auto& tensor) {
+  [[maybe_unused]] const auto check = [&](const auto& tensor) {
     if (outcome.ok()) outcome = detail::check_pool_tensor(tensor, in_pool, page_size);
   };
   (check(more_pages), ...);
