@@ -6,6 +6,7 @@
 #include <restkv/compact.hpp>
 #include <restkv/select.hpp>
 #include <restkv/session/session_memory.hpp>
+#include <restkv/session/session_observation.hpp>
 
 #include <utility>
 
@@ -105,7 +106,8 @@ class session {
       if (plan_.query_rows > 0) s.store_query(query, i);
       s.store(key, value, i);
       if (speculating_) ++s.speculated;
-      if (!speculating_) RESTKV_RETURN_IF_FAILED(take_in(layer, query.slice(1, i, 1)));
+      if (speculating_) continue;
+      RESTKV_RETURN_IF_FAILED(detail::count_token(*backend_, plan_, memory_, layer, query.slice(1, i, 1)));
     }
     return {};
   }
@@ -149,7 +151,7 @@ class session {
           for (index_t slot = 0; slot < count; ++slot) s.attention(at, h, slot) = row(h, slot);
         }
       } else {
-        fold_attention(layer, row);
+        detail::count_token_with(plan_, s, layer, row);
       }
     }
     return {};
@@ -194,7 +196,8 @@ class session {
     for (index_t h = 0; h < shape.kv_heads; ++h) dropped += s.lengths(0, h) - kept.lengths(0, h);
     if (dropped > 0) {
       RESTKV_RETURN_IF_FAILED(
-          compact_in_place(kept, with_batch(s.key), with_batch(s.value), backend_loop<Backend>{*backend_}));
+          compact_in_place(kept, detail::with_batch(s.key), detail::with_batch(s.value),
+                                               backend_loop<Backend>{*backend_}));
       s.keep(kept);
       ++s.evictions;
     }
@@ -247,18 +250,7 @@ class session {
   /// keys and values [1, kv_heads, longest head, head_dim] with the length of each head, and the kept queries. Valid
   /// until the next call that appends or evicts.
   [[nodiscard]] layer_view<T> cache(index_t layer) const noexcept {
-    const layer_type& s = memory_.layers[layer];
-    layer_view<T> view;
-    view.key = with_batch(s.key).slice(2, 0, s.longest());
-    view.value = with_batch(s.value).slice(2, 0, s.longest());
-    view.head_lengths = s.lengths;
-    view.pad = padding::right;
-    view.projection = s.projection;
-    view.metric = s.metric;
-    const index_t queries = std::min(plan_.window, s.seen + s.speculated);
-    const index_t first = queries == 0 ? 0 : s.query_row(s.seen + s.speculated - queries);
-    view.query = with_batch(s.queries).slice(2, first, queries);
-    return view;
+    return memory_.layers[layer].view(plan_.window);
   }
 
   ///@{
@@ -323,12 +315,6 @@ class session {
   template <tensor_backend B, class P, element E>
   friend class session_archive;
 
-  [[nodiscard]] static tensor_view<T, 4> with_batch(const tensor_view<T, 3>& view) noexcept {
-    return {view.data,
-            {1, view.extent(0), view.extent(1), view.extent(2)},
-            {view.size(), view.stride(0), view.stride(1), view.stride(2)}};
-  }
-
   [[nodiscard]] status check_open() const noexcept {
     if (backend_ == nullptr) return status::error(errc::invalid_argument, "the session is not open");
     return {};
@@ -343,20 +329,7 @@ class session {
 
   [[nodiscard]] status check_tensor(const char* name, const tensor_view<const T, 3>& tensor, index_t heads,
                                     index_t tokens) const noexcept {
-    const auto ll = [](index_t n) { return static_cast<long long>(n); };
-    if (tensor.extent(0) != heads || tensor.extent(1) != tokens || tensor.extent(2) != plan_.shape.head_dim) {
-      return status::error(errc::shape_mismatch, "%s is [%lld, %lld, %lld], [%lld, %lld, %lld] is needed", name,
-                           ll(tensor.extent(0)), ll(tensor.extent(1)), ll(tensor.extent(2)), ll(heads), ll(tokens),
-                           ll(plan_.shape.head_dim));
-    }
-    if (tensor.data == nullptr && tensor.size() > 0) {
-      return status::error(errc::missing_input, "%s has a null pointer and %lld elements", name, ll(tensor.size()));
-    }
-    const auto* const begin = reinterpret_cast<const unsigned char*>(block_.data());
-    if (touched_bytes(tensor).overlaps({begin, begin + block_.size()})) {
-      return status::error(errc::aliasing, "%s lies in the session's own memory", name);
-    }
-    return {};
+    return detail::check_session_tensor(name, tensor, {heads, tokens, plan_.shape.head_dim}, block_);
   }
 
   [[nodiscard]] status check_input(index_t layer, const tensor_view<const T, 3>& key,
@@ -397,54 +370,6 @@ class session {
                          static_cast<long long>(layer), static_cast<long long>(memory_.layers[layer].longest()));
   }
 
-  /// The newest token counts, and its query [query_heads, 1, head_dim] is asked.
-  [[nodiscard]] status take_in(index_t layer, const tensor_view<const T, 3>& query) {
-    layer_type& s = memory_.layers[layer];
-    ++s.seen;
-    ++s.since_eviction;
-    if constexpr (running) {
-      if (s.seen % plan_.policy.refresh != 0) return {};
-      problem_shape shape = plan_.shape;
-      shape.layer = layer;
-      const auto request = detail::make_observation_request(plan_.policy, shape);
-      using request_t = std::remove_const_t<decltype(request)>;
-      workspace space(memory_.selection, plan_.selection_bytes);
-      typename Backend::template scratch<request_t> scratch(*backend_, request, space);
-      layer_view<T> view = cache(layer);
-      view.query = {static_cast<const T*>(query.data),
-                    {1, query.extent(0), 1, query.extent(2)},
-                    {0, query.stride(0), query.stride(1), query.stride(2)}};
-      const tensor_view<typename Backend::score_type, 3> scores(memory_.scores,
-                                                                {1, shape.query_heads, shape.tokens});
-      RESTKV_RETURN_IF_FAILED(backend_->token_scores(request, view, scratch, scores));
-      s.fold(plan_.policy.running, [&](index_t h, index_t slot) { return static_cast<double>(scores(0, h, slot)); },
-             [&](index_t h) { return request.past_of(s.lengths(0, h)); });
-    }
-    return {};
-  }
-
-  /// The newest token counts, and what its query paid, row(query head, slot), is scored.
-  template <class Row>
-  void fold_attention(index_t layer, const Row& row) noexcept {
-    layer_type& s = memory_.layers[layer];
-    ++s.seen;
-    ++s.since_eviction;
-    if constexpr (running && detail::reads_attention_rows<detail::session_score<SessionPolicy>>) {
-      if (s.seen % plan_.policy.refresh != 0) return;
-      const auto score_of = [&](index_t h, index_t slot) {
-        token_features<double> f;
-        f.attention = row(h, slot);
-        f.odds = f.attention / std::max(1.0 - f.attention, least_rest);
-        f.position = slot;
-        f.length = s.lengths(0, h / plan_.shape.group());
-        f.head = h;
-        f.layer = layer;
-        return static_cast<double>(plan_.policy.policy.score(f));
-      };
-      s.fold(plan_.policy.running, score_of, [&](index_t h) -> index_t { return s.lengths(0, h); });
-    }
-  }
-
   /// Appends the first tokens that were just taken back. They still lie behind their heads, where no eviction on the
   /// way reaches.
   [[nodiscard]] status accept(index_t layer, index_t accepted) {
@@ -454,13 +379,15 @@ class session {
     for (index_t i = 0; i < accepted; ++i) {
       if (plan_.policy.attention_rows) {
         for (index_t h = 0; h < heads; ++h) s.move_behind(h, memory_.first_slots[h] + i);
-        fold_attention(layer, [&](index_t h, index_t slot) { return s.attention(i, h, slot); });
+        detail::count_token_with(plan_, s, layer,
+                                 [&](index_t h, index_t slot) { return s.attention(i, h, slot); });
         continue;
       }
       RESTKV_RETURN_IF_FAILED(make_room(layer));
       for (index_t h = 0; h < heads; ++h) s.move_behind(h, memory_.first_slots[h] + i);
-      RESTKV_RETURN_IF_FAILED(
-          take_in(layer, plan_.query_rows == 0 ? s.queries : s.queries.slice(1, s.query_row(s.seen), 1)));
+      const index_t row = plan_.query_rows == 0 ? 0 : s.query_row(s.seen);
+      const tensor_view<const T, 3> query = s.queries.slice(1, row, 1);
+      RESTKV_RETURN_IF_FAILED(detail::count_token(*backend_, plan_, memory_, layer, query));
     }
     // Behind rows of attention an eviction that was held comes now, so that the next speculation finds its room.
     if (plan_.policy.attention_rows && accepted > 0 && room(layer) == 0) return evict(layer);

@@ -7,10 +7,41 @@
 #include <restkv/selection/kept_tokens.hpp>
 
 #include <algorithm>
+#include <array>
+#include <span>
 
 namespace restkv {
 
 namespace detail {
+
+/// [heads, tokens, head_dim] as a batch of one.
+template <class T>
+[[nodiscard]] tensor_view<T, 4> with_batch(const tensor_view<T, 3>& view) noexcept {
+  return {view.data,
+          {1, view.extent(0), view.extent(1), view.extent(2)},
+          {view.size(), view.stride(0), view.stride(1), view.stride(2)}};
+}
+
+/// That an input of a session has its shape, and lies outside the session's memory.
+template <class T>
+[[nodiscard]] status check_session_tensor(const char* name, const tensor_view<const T, 3>& tensor,
+                                          const std::array<index_t, 3>& wanted,
+                                          std::span<const std::byte> memory) noexcept {
+  const auto ll = [](index_t n) { return static_cast<long long>(n); };
+  if (tensor.extents != wanted) {
+    return status::error(errc::shape_mismatch, "%s is [%lld, %lld, %lld], [%lld, %lld, %lld] is needed", name,
+                         ll(tensor.extent(0)), ll(tensor.extent(1)), ll(tensor.extent(2)), ll(wanted[0]), ll(wanted[1]),
+                         ll(wanted[2]));
+  }
+  if (tensor.data == nullptr && tensor.size() > 0) {
+    return status::error(errc::missing_input, "%s has a null pointer and %lld elements", name, ll(tensor.size()));
+  }
+  const auto* const begin = reinterpret_cast<const unsigned char*>(memory.data());
+  if (touched_bytes(tensor).overlaps({begin, begin + memory.size()})) {
+    return status::error(errc::aliasing, "%s lies in the session's own memory", name);
+  }
+  return {};
+}
 
 /// What a session holds of one layer. Slots [0, length of the head) are in use, slots behind them are leftovers.
 template <class T>
@@ -38,6 +69,20 @@ struct session_layer {
   }
   /// The first of the two rows that hold the query of a token.
   [[nodiscard]] index_t query_row(index_t token) const noexcept { return token % (queries.extent(1) / 2); }
+
+  /// The cache, with the last `window` queries or as many as there are.
+  [[nodiscard]] layer_view<T> view(index_t window) const noexcept {
+    layer_view<T> cache;
+    cache.key = with_batch(key).slice(2, 0, longest());
+    cache.value = with_batch(value).slice(2, 0, longest());
+    cache.head_lengths = lengths;
+    cache.pad = padding::right;
+    cache.projection = projection;
+    cache.metric = metric;
+    const index_t count = std::min(window, seen + speculated);
+    cache.query = with_batch(queries).slice(2, count == 0 ? 0 : query_row(seen + speculated - count), count);
+    return cache;
+  }
 
   /// Writes a token's query to its second row.
   void repeat_query(index_t token) noexcept {
