@@ -334,3 +334,66 @@ TEST_CASE("speculation: what is accepted counts as if nothing else had come, acr
   }
   CHECK(plain.session.evictions(0) > 10);
 }
+
+TEST_CASE("scores through W_O, on half elements: the metric comes from the caller") {
+  using restkv::half;
+  random_engine random(10);
+  reference_backend backend;
+  auto policy = session_policy<eviction_policy<>>{};  // the default: deletion errors through W_O
+  policy.policy.window = 4;
+  policy.policy.budget.budget = 12;
+  policy.policy.protect = {.sink = 1, .recent = 4};
+  policy.high_water = 20;
+  const auto plan = restkv::make_session_plan<half>(backend, policy, shape);
+  auto bare = policy;
+  bare.policy.score.metric_of_distance = restkv::metric::identity;
+  const auto bare_plan = restkv::make_session_plan<half>(backend, bare, shape);
+  owned_session<decltype(policy), reference_backend, half> through(backend, plan);
+  owned_session<decltype(policy), reference_backend, half> without(backend, bare_plan);
+
+  const token_stream tokens(random, shape.query_heads, shape.kv_heads, 70);
+  const auto halves = [](const std::vector<float>& from) {
+    std::vector<half> to;
+    for (const float x : from) to.push_back(restkv::narrow<half>(x));
+    return to;
+  };
+  const auto query = halves(tokens.query);
+  const auto key = halves(tokens.key);
+  const auto value = halves(tokens.value);
+  const tensor_view<const half, 3> q(query.data(), {4, 70, channels});
+  const tensor_view<const half, 3> k(key.data(), {2, 70, channels});
+  const tensor_view<const half, 3> v(value.data(), {2, 70, channels});
+  const auto before = through.bytes();
+  const status missing = through.session.append(0, q, k, v);
+  CHECK(missing.code() == restkv::errc::missing_input);
+  CHECK(std::string(missing.message()).find("metric") != std::string::npos);
+  CHECK(through.bytes() == before);
+  CHECK(!through.session.set_projection(1, {}, {}).ok());
+
+  // W_O that keeps every length: the metric of the identity.
+  std::vector<double> gram(4 * channels * channels, 0.0);
+  std::vector<float> factor(gram.size(), 0.0f);
+  const std::vector<float> spectrum(4 * channels, 1.0f);
+  for (std::size_t h = 0; h < 4; ++h) {
+    for (std::size_t c = 0; c < channels; ++c) gram[(h * channels + c) * channels + c] = 1;
+  }
+  for (std::size_t i = 0; i < gram.size(); ++i) factor[i] = static_cast<float>(gram[i]);
+  restkv::output_metric_view metric;
+  metric.gram = {gram.data(), {4, channels, channels}};
+  metric.factor = {factor.data(), {4, channels, channels}};
+  metric.spectrum = {spectrum.data(), {4, channels}};
+  REQUIRE(through.session.set_projection(0, {}, metric).ok());
+  for (index_t t = 0; t < 70; t += 7) {
+    REQUIRE(through.session.append(0, q.slice(1, t, 7), k.slice(1, t, 7), v.slice(1, t, 7)).ok());
+    REQUIRE(without.session.append(0, q.slice(1, t, 7), k.slice(1, t, 7), v.slice(1, t, 7)).ok());
+    CHECK(through.bytes() == without.bytes());
+  }
+  CHECK(through.session.evictions(0) > 4);
+  const auto positions = through.session.positions(0, 1);
+  for (std::size_t i = 0; i < positions.size(); ++i) {
+    CHECK(through.session.cache(0).key.chunk(0)(0, 1, static_cast<index_t>(i), 2).bits() ==
+          k(1, positions[i], 2).bits());
+  }
+  through.session.clear();
+  CHECK(through.session.append(0, q, k, v).ok());  // the metric stays
+}
