@@ -5,7 +5,12 @@
 #pragma once
 
 #include <restkv/backend/eigen/backend.hpp>
+#include <restkv/cache/paged_compact.hpp>
+#include <restkv/cache/paged_gather.hpp>
+#include <restkv/cache/paged_sequence.hpp>
+#include <restkv/cache/quantised_gather.hpp>
 #include <restkv/cache/rope.hpp>
+#include <restkv/cache/split_kept.hpp>
 #include <restkv/compact.hpp>
 #include <restkv/presets.hpp>
 #include <restkv/reference/backend.hpp>

@@ -43,7 +43,7 @@ recipe random_recipe(random_engine& random, index_t heads) {
   made.batch = pick(random, 0, 2);
   made.heads = heads;
   made.tokens = chance(random, 10) ? pick(random, 0, 1) : pick(random, 2, 30);
-  made.channels = pick(random, 0, 13);
+  made.channels = chance(random, 4) ? pick(random, 60, 140) : pick(random, 0, 13);
   made.tokens_per_group = chance(random, 40) ? 1 : pick(random, 2, 8);
   made.channels_per_group = chance(random, 30) ? 1 : chance(random, 40) ? std::max<index_t>(1, made.channels) : pick(random, 2, 5);
   made.format.bits = 1 << pick(random, 1, 3);
@@ -126,7 +126,7 @@ void fill(random_engine& random, const tensor_view<T, 4>& tensor, const recipe& 
 TEMPLATE_TEST_CASE("quantised numbers are the nearest codes of their group's range", "", float, half) {
   using Scale = TestType;
   random_engine random(31 + sizeof(Scale));
-  for (int trial = 0; trial < 300; ++trial) {
+  for (int trial = 0; trial < 150; ++trial) {
     const recipe how = random_recipe(random, pick(random, 1, 2));
     const quantised_memory<Scale> memory(random, how);
     const guarded_tensor<float, 4> numbers(random, {how.batch, how.heads, how.tokens, how.channels}, {.gaps = true});
@@ -272,7 +272,7 @@ TEMPLATE_TEST_CASE("kept tokens of quantised caches keep their numbers", "", flo
   using Scale = TestType;
   random_engine random(41 + sizeof(Scale));
   index_t exact_groups = 0, new_groups = 0;
-  for (int trial = 0; trial < 400; ++trial) {
+  for (int trial = 0; trial < 250; ++trial) {
     const index_t kv_heads = pick(random, 1, 3);
     const index_t group = chance(random, 30) ? 2 : 1;
     const recipe how = random_recipe(random, kv_heads);
@@ -338,8 +338,8 @@ TEMPLATE_TEST_CASE("kept tokens of quantised caches keep their numbers", "", flo
       REQUIRE(from.template value<double>(b, h, n, c) == to.template value<double>(b, h, n, c));
     });
   }
-  CHECK(exact_groups > 10000);
-  CHECK(new_groups > 5000);
+  CHECK(exact_groups > 5000);
+  CHECK(new_groups > 3000);
 }
 
 TEST_CASE("a range of tokens, and a whole cache in a workspace") {
@@ -370,6 +370,27 @@ TEST_CASE("a range of tokens, and a whole cache in a workspace") {
   const half* const old = tensor.data;
   check_error(dequantise(memory.view(), small, tensor), errc::workspace_too_small, {500});
   CHECK(tensor.data == old);
+}
+
+TEST_CASE("damaged parameters damage their own group alone") {
+  random_engine random(57);
+  const recipe how{.batch = 1, .heads = 1, .tokens = 12, .channels = 2, .tokens_per_group = 4,
+                   .format = {.bits = 4, .is_signed = false}, .kind = quantisation_kind::offset};
+  for (const float damage : {std::numeric_limits<float>::quiet_NaN(), std::numeric_limits<float>::infinity()}) {
+    const quantised_memory<float> memory(random, how);
+    const guarded_tensor<float, 4> numbers(random, {1, 1, 12, 2}, {});
+    fill(random, numbers.view(), how);
+    const auto cache = memory.view();
+    REQUIRE(quantise(numbers.read(), cache).ok());
+    cache.scale(0, 0, 1, 1) = damage;
+    const float kept_value = cache.value(0, 0, 9, 1), other_channel = cache.value(0, 0, 6, 0);
+    // Tokens 5 and 6, of the damaged group, meet 9 and 10.
+    std::vector<position_t> positions{5, 6, 9, 10}, lengths{4};
+    REQUIRE(restkv::compact_in_place(restkv::const_kept_tokens({positions.data(), {1, 1, 4}}, {lengths.data(), {1, 1}}), cache).ok());
+    CHECK(std::isfinite(cache.scale(0, 0, 0, 1)));
+    CHECK(std::abs(cache.value(0, 0, 2, 1) - kept_value) <= cache.scale(0, 0, 0, 1) * 0.5001f);
+    CHECK(std::abs(cache.value(0, 0, 1, 0) - other_channel) <= cache.scale(0, 0, 0, 0) * 0.5001f);
+  }
 }
 
 TEST_CASE("quantised caches that do not fit are refused, with nothing written") {

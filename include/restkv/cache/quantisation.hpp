@@ -75,7 +75,12 @@ struct group_parameters {
   /// The value of a code.
   template <std::floating_point Real>
   [[nodiscard]] constexpr Real value(int code) const noexcept {
-    return widen<Real>(scale) * (static_cast<Real>(code) - widen<Real>(zero)) + widen<Real>(offset);
+    return value_at(static_cast<Real>(code));
+  }
+  /// The value at a code or between codes.
+  template <std::floating_point Real>
+  [[nodiscard]] constexpr Real value_at(Real code) const noexcept {
+    return widen<Real>(scale) * (code - widen<Real>(zero)) + widen<Real>(offset);
   }
 };
 

@@ -87,20 +87,50 @@ void quantise_group(const quantised_view<Scale>& out, index_t b, index_t h, inde
   out.set_group(b, h, first / out.tokens_per_group, from / out.channels_per_group, group);
 }
 
+/// Codes [from, from + count) of a token.
+template <int Bits, element Scale, std::floating_point Real>
+void read_codes(const quantised_view<const Scale>& in, index_t b, index_t h, index_t n, index_t from, index_t count,
+                Real* codes) noexcept {
+  constexpr index_t per_byte = 8 / Bits;
+  const code_format format{Bits, in.format.is_signed, in.format.packed};
+  const bool along_channels = in.format.packed == cache_axis::channels;
+  const auto row = in.codes[b][h][along_channels ? n : n / per_byte];
+  for (index_t i = 0; i < count; ++i) {
+    const index_t c = from + i;
+    const std::uint8_t byte = row(along_channels ? c / per_byte : c);
+    codes[i] = static_cast<Real>(format.read(byte, (along_channels ? c : n) % per_byte));
+  }
+}
+
 /// Tokens [first, first + out.extent(0)) of one head, as numbers. [tokens, channels]
 template <element Scale, element T>
 void dequantise_head(const quantised_view<const Scale>& in, index_t b, index_t h, index_t first,
                      const tensor_view<T, 2>& out) noexcept {
   using real = std::conditional_t<std::is_same_v<T, double>, double, float>;
-  for (index_t from = 0; from < in.channels; from += in.channels_per_group) {
-    const index_t to = std::min(in.channels, from + in.channels_per_group);
-    group_parameters<Scale> group;
-    for (index_t n = 0; n < out.extent(0); ++n) {
-      if (n == 0 || (first + n) % in.tokens_per_group == 0) {
-        group = in.group(b, h, (first + n) / in.tokens_per_group, from / in.channels_per_group);
+  constexpr index_t block = 64;  // channels whose parameters are widened once for a group of tokens
+  std::array<group_parameters<real>, block> groups;
+  std::array<real, block> codes;
+  for (index_t begin = 0, end = 0; begin < out.extent(0); begin = end) {
+    const index_t token_group = (first + begin) / in.tokens_per_group;
+    end = std::min(out.extent(0), (token_group + 1) * in.tokens_per_group - first);
+    for (index_t from = 0; from < in.channels; from += block) {
+      const index_t count = std::min(block, in.channels - from);
+      for (index_t i = 0, next = 0; i < count; i = next) {
+        const index_t channel_group = (from + i) / in.channels_per_group;
+        const auto group = in.group(b, h, token_group, channel_group);
+        next = std::min(count, (channel_group + 1) * in.channels_per_group - from);
+        std::fill(groups.begin() + i, groups.begin() + next,
+                  group_parameters<real>{widen<real>(group.scale), widen<real>(group.zero), widen<real>(group.offset)});
       }
-      for (index_t c = from; c < to; ++c) {
-        out(n, c) = narrow<T>(group.template value<real>(in.code(b, h, first + n, c)));
+      for (index_t n = begin; n < end; ++n) {
+        switch (in.format.bits) {
+          case 8: read_codes<8>(in, b, h, first + n, from, count, codes.data()); break;
+          case 4: read_codes<4>(in, b, h, first + n, from, count, codes.data()); break;
+          default: read_codes<2>(in, b, h, first + n, from, count, codes.data()); break;
+        }
+        for (index_t i = 0; i < count; ++i) {
+          out(n, from + i) = narrow<T>(groups[static_cast<std::size_t>(i)].value_at(codes[static_cast<std::size_t>(i)]));
+        }
       }
     }
   }
