@@ -4,6 +4,7 @@
 #pragma once
 
 #include <restkv/core/cholesky.hpp>
+#include <restkv/core/counter_random.hpp>
 #include <restkv/core/scratch.hpp>
 #include <restkv/core/status.hpp>
 #include <restkv/score/head_score.hpp>
@@ -166,27 +167,16 @@ struct leverage_score {
     }
   }
 
-  /// Signs by the finaliser of SplitMix64 (Steele, Lea, Flood 2014), 64 at a time.
+  /// The random matrix, 64 signs at a time.
   template <element T>
   void draw(const head_view<T>& head, double* random) const noexcept {
     if (sketch == 0) return;
     const double size = 1 / std::sqrt(static_cast<double>(sketch));
-    std::uint64_t state = mix(seed);
-    for (const index_t part : {head.shape().layer, head.batch(), head.kv_head()}) {
-      state = mix(state ^ static_cast<std::uint64_t>(part));
-    }
     std::uint64_t bits = 0;
     for (index_t i = 0; i < sketch * head.head_dim(); ++i) {
-      if (i % 64 == 0) bits = mix(state ^ static_cast<std::uint64_t>(i / 64));
+      if (i % 64 == 0) bits = counter_bits(seed, head.shape().layer, head.batch(), head.kv_head(), i / 64);
       random[i] = ((bits >> (i % 64)) & 1u) != 0 ? size : -size;
     }
-  }
-
-  [[nodiscard]] static constexpr std::uint64_t mix(std::uint64_t z) noexcept {
-    z += 0x9e3779b97f4a7c15u;
-    z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
-    z = (z ^ (z >> 27)) * 0x94d049bb133111ebu;
-    return z ^ (z >> 31);
   }
 };
 
