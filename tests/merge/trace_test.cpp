@@ -17,11 +17,12 @@ using restkv::half;
 
 namespace {
 
-/// [heads, tokens, channels] as a batch of one.
-tensor_view<const half, 4> batch_of_one(const tensor_view<half, 3>& tensor) {
-  return {tensor.data, {1, tensor.extent(0), tensor.extent(1), tensor.extent(2)}};
+/// The first heads of [heads, tokens, channels] as a batch of one.
+tensor_view<const half, 4> first_heads(const tensor_view<half, 3>& tensor, index_t heads) {
+  return {tensor.data, {1, heads, tensor.extent(1), tensor.extent(2)}};
 }
 
+/// One KV head of a layer, with its three query heads and their part of W_O.
 struct trace_layer {
   trace_layer(const restkv::safetensors_file& file, const std::string& name)
       : query(file, name + "q"),
@@ -31,11 +32,11 @@ struct trace_layer {
         future_key(file, name + "k_future"),
         future_value(file, name + "v_future"),
         projection(file, name + "wo") {
-    layer.query = batch_of_one(query.view).slice(2, query.view.extent(1) - 32, 32);
-    layer.key = batch_of_one(key.view);
-    layer.value = batch_of_one(value.view);
-    layer.projection = projection.view;
-    future = {batch_of_one(future_query.view), batch_of_one(future_key.view), batch_of_one(future_value.view)};
+    layer.query = first_heads(query.view, 3).slice(2, query.view.extent(1) - 32, 32);
+    layer.key = first_heads(key.view, 1);
+    layer.value = first_heads(value.view, 1);
+    layer.projection = projection.view.slice(1, 0, 3 * key.view.extent(2));
+    future = {first_heads(future_query.view, 3), first_heads(future_key.view, 1), first_heads(future_value.view, 1)};
   }
 
   file_tensor<half, 3> query, key, value, future_query, future_key, future_value;
@@ -57,9 +58,9 @@ TEST_CASE("a summary and fitted values lower what SnapKV costs the queries to co
     std::vector<std::byte> memory(plan.workspace_bytes);
     const auto kept = restkv::select(backend, plan, layer, restkv::workspace(memory));
 
-    const index_t heads = 3, entries = 129, channels = 64;
+    const index_t heads = 1, entries = 129, channels = 64;
     std::vector<half> keys(static_cast<std::size_t>(heads * entries * channels)), values(keys.size());
-    std::vector<position_t> lengths(3, 128);
+    std::vector<position_t> lengths{128};
     const restkv::dense_layout key{tensor_view<half, 4>(keys.data(), {1, heads, entries, channels})};
     const restkv::dense_layout value{tensor_view<half, 4>(values.data(), {1, heads, entries, channels})};
     const restkv::merged_cache cache{restkv::const_kept_tokens(kept), key, value,
