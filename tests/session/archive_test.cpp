@@ -372,6 +372,14 @@ TEST_CASE("damaged bytes are refused, and the session stays as it is") {
   check_error(forge(72 + 24, -1), errc::invalid_argument, {-1}, "head 0");
   check_error(forge(72, -1), errc::invalid_argument, {}, "seen");
 
+  auto higher = sums();
+  higher.policy.budget = {.budget = 8, .floor = 1.0f};  // as many slots for a head, and a mark above
+  higher.high_water = 14;
+  owned_session<running_policy> fuller(backend, plan_for(higher, shape));
+  REQUIRE(fuller.session.plan_of().shape.tokens == target.session.plan_of().shape.tokens);
+  REQUIRE(append_all(fuller.session, 0, token_stream(random, 4, 2, 12)).ok());
+  check_error(restkv::restore(target.session, fuller.bytes()), errc::invalid_argument, {24, 20}, "mark");
+
   auto sum = bytes;
   sum.back() ^= std::byte{1};
   check_error(restkv::restore(target.session, sum), errc::invalid_argument, {}, "checksum");

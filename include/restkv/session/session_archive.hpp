@@ -245,6 +245,12 @@ class session_archive {
                            "head %lld of the serialised layer %lld has %lld tokens, at most %lld fit",
                            ll(h), ll(l), ll(length(h)), ll(most));
     }
+    index_t total = 0;
+    for (index_t h = 0; h < shape.kv_heads; ++h) total += length(h);
+    if (total > shape.kv_heads * to.plan_.policy.high_water) {
+      return status::error(errc::invalid_argument, "the serialised layer %lld has %lld tokens, the plan's mark is %lld",
+                           ll(l), ll(total), ll(shape.kv_heads * to.plan_.policy.high_water));
+    }
     const std::size_t size = layer_bytes(to.plan_, seen, length);
     if (bytes.size() - 8 < at + size) {
       return status::error(errc::invalid_argument, "the serialised session is cut: %zu bytes, at least %zu are needed",
