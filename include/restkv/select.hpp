@@ -11,14 +11,18 @@ namespace restkv {
 
 namespace detail {
 
-/// Checks the arguments of a selection, carves its memory and calls use(run, weigh): a `selection_run`, and what fills its
-/// rescorer's weights.
+/// Checks the arguments of a selection, carves its memory and calls use(run, weigh): a `selection_run`, and what fills
+/// its rescorer's weights.
 template <tensor_backend Backend, class Policy, element T, class Use>
 [[nodiscard]] status with_selection_run(Backend& backend, const plan<Policy>& plan, const layer_view<T>& layer,
                                         workspace& space,
                                         const selection_details<typename Backend::score_type>* details,
                                         const Use& use) {
   using score_t = decltype(plan.policy.score);
+  if (space.counting()) {
+    return status::error(errc::workspace_too_small, "the workspace has no memory, the plan needs %zu bytes",
+                         plan.workspace_bytes);
+  }
   const auto request = make_score_request(plan.policy, plan.shape);
   const auto& rescoring = plan.policy.rescoring;
   using rescoring_t = std::remove_cvref_t<decltype(rescoring)>;

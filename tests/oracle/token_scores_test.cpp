@@ -278,6 +278,18 @@ TEST_CASE("a given attention matrix scores as the attention that it holds") {
                         .message()) == "attention has 22 tokens, the plan needs at least 23");
 }
 
+TEST_CASE("a score of a KV head is not reduced over its query heads") {
+  // Negative scores: a root of squares would turn their order around.
+  const problem p(29);
+  std::vector<double> scores;
+  for (index_t i = 0; i < kv_heads * tokens; ++i) scores.push_back(-1.0 - static_cast<double>(i * 7 % 23));
+  for (const group_reduce how : {group_reduce::mean, group_reduce::max, group_reduce::sum, group_reduce::l2}) {
+    auto policy = policy_of(given_scores<score_rows::kv_heads, double>{{scores.data(), {1, kv_heads, tokens}}}, mean{});
+    policy.group = how;
+    check(p, policy, tokens, [&](index_t h, index_t n) { return real(scores[static_cast<std::size_t>(h * tokens + n)]); });
+  }
+}
+
 TEST_CASE("rescorers are their published formulas") {
   const problem p(11);
   const auto score = [&](index_t h, index_t n) {

@@ -171,6 +171,8 @@ TEMPLATE_TEST_CASE("a workspace that is too small is refused with both sizes", "
   kept_tokens kept;
   check_error(restkv::select(backend, plan, layer.view(), restkv::workspace(nullptr, 1 << 30), kept),
               errc::workspace_too_small, {0, static_cast<index_t>(plan.workspace_bytes)}, "null");
+  check_error(restkv::select(backend, plan, layer.view(), restkv::workspace(), kept), errc::workspace_too_small,
+              {static_cast<index_t>(plan.workspace_bytes)}, "no memory");
 }
 
 TEST_CASE("select names a layer that does not fit its plan, and changes nothing") {

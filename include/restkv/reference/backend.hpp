@@ -44,10 +44,16 @@ class reference_backend {
   template <class Request, element T>
   status token_scores(const Request& request, const layer_view<T>& layer, scratch<Request>&,
                       tensor_view<double, 3> out) const {
+    using score_t = std::remove_cvref_t<decltype(request.score)>;
     const index_t group = request.shape.query_heads / request.heads();
     for (index_t b = 0; b < request.shape.batch; ++b) {
       for (index_t row = 0; row < request.heads(); ++row) {
         const index_t past = request.past_of(sequence(layer, b, row * group / request.shape.group()).length);
+        if constexpr (head_score<score_t> && !scores_query_heads<score_t>()) {  // the group's: nothing to reduce
+          const std::vector<double> scores = head_scores(request, layer, b, row * group);
+          std::copy_n(scores.begin(), past, &out(b, row, 0));
+          continue;
+        }
         for (index_t j = 0; j < group; ++j) {
           const std::vector<double> scores = head_scores(request, layer, b, row * group + j);
           for (index_t n = 0; n < past; ++n) {

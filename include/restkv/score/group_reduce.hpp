@@ -28,7 +28,8 @@ template <std::floating_point Real>
     case group_reduce::max: return first || score > running || score != score ? score : running;
     case group_reduce::l2: {
       // In double, where no square of a float overflows or underflows.
-      const double square = first ? 0.0 : static_cast<double>(running) * static_cast<double>(running);
+      if (first) return score;
+      const double square = static_cast<double>(running) * static_cast<double>(running);
       return static_cast<Real>(std::sqrt(square + static_cast<double>(score) * static_cast<double>(score)));
     }
     case group_reduce::none:

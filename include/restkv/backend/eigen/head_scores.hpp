@@ -29,13 +29,8 @@ void score_heads(const Request& request, const layer_view<T>& layer, index_t bat
     }
     for (index_t n = 0; n < length; ++n) row[n] = finite_score(group_finish(request.group, row[n], heads));
   } else {
-    // The same for every query head of the group: reduced as if each had been asked.
-    run(0, row);
-    for (index_t n = 0; n < length; ++n) {
-      float folded = 0;
-      for (index_t j = 0; j < heads; ++j) folded = group_fold(request.group, folded, row[n], j == 0);
-      row[n] = finite_score(group_finish(request.group, folded, heads));
-    }
+    run(0, row);  // the group's: there is nothing to reduce
+    for (index_t n = 0; n < length; ++n) row[n] = finite_score(row[n]);
   }
 }
 
