@@ -29,7 +29,8 @@ class paged_model {
   paged_model(const shape& how, unsigned seed)
       : s(how),
         random(seed),
-        key(random, {s.pages, s.heads_per_page, s.page_size, 2}, {.contiguous_channels = chance(random, 50), .gaps = true}),
+        key(random, {s.pages, s.heads_per_page, s.page_size, 2},
+            {.contiguous_channels = chance(random, 50), .gaps = true}),
         value(random, {s.pages, s.heads_per_page, s.page_size, 1}, {.reversed_axes = true}),
         ids(static_cast<std::size_t>(s.sequences * s.tables * s.most_pages), restkv::no_page),
         lengths(static_cast<std::size_t>(s.sequences * s.tables), 0),
@@ -66,8 +67,9 @@ class paged_model {
   void count(const std::string& what) { ++counts_[what]; }
   /// Cheaper than an assertion of the framework, of which there would be millions.
   void require(bool holds) {
-    if (!holds) FAIL("step " << steps_ << ", " << s.pages << " pages of " << s.page_size << ", " << s.tables << " tables of "
-                             << s.heads_per_page << " heads");
+    if (!holds)
+      FAIL("step " << steps_ << ", " << s.pages << " pages of " << s.page_size << ", " << s.tables << " tables of "
+                   << s.heads_per_page << " heads");
   }
 
   struct state {
@@ -161,14 +163,16 @@ class paged_model {
       const index_t hole = kind >= 2 && kind < 6 ? pick(random, 0, length) : length;
       const index_t behind_hole = pick(random, hole, length);
       for (index_t n = 0; n < length; ++n) {
-        const bool falls = n >= hole ? n < behind_hole : !(kind != 0 && n < prefix) && !chance(random, static_cast<int>(percent));
+        const bool falls =
+            n >= hole ? n < behind_hole : !(kind != 0 && n < prefix) && !chance(random, static_cast<int>(percent));
         const index_t page = h / s.heads_per_page * s.most_pages + n / s.page_size;
         if (kind >= 2 && whole_pages ? !page_kept[static_cast<std::size_t>(page)] : falls) continue;
         positions[static_cast<std::size_t>(h * capacity + kept_lengths[static_cast<std::size_t>(h)]++)] =
             static_cast<position_t>(n);
       }
     }
-    const restkv::const_kept_tokens kept({positions.data(), {1, heads(), capacity}}, {kept_lengths.data(), {1, heads()}});
+    const restkv::const_kept_tokens kept({positions.data(), {1, heads(), capacity}},
+                                         {kept_lengths.data(), {1, heads()}});
 
     // What shared pages hold; which pages are taken over as they are, which are written where they are, how many copies
     // are needed and how many own pages are free for them: by definition.
@@ -181,19 +185,23 @@ class paged_model {
       const index_t before_pages = restkv::pages_of(tables.lengths(b, t), s.page_size);
       const auto all_slots = [&](index_t i, const auto& holds) {
         for (index_t h = first_head; h < first_head + s.heads_per_page; ++h) {
-          for (index_t slot = i * s.page_size; slot < std::min<index_t>((i + 1) * s.page_size, kept.lengths(0, h)); ++slot) {
+          for (index_t slot = i * s.page_size; slot < std::min<index_t>((i + 1) * s.page_size, kept.lengths(0, h));
+               ++slot) {
             if (!holds(kept.positions(0, h, slot), slot)) return false;
           }
         }
         return true;
       };
       position_t longest = 0;
-      for (index_t h = first_head; h < first_head + s.heads_per_page; ++h) longest = std::max(longest, kept.lengths(0, h));
+      for (index_t h = first_head; h < first_head + s.heads_per_page; ++h)
+        longest = std::max(longest, kept.lengths(0, h));
       std::set<index_t> gone, mixed;
       for (index_t i = 0; i < restkv::pages_of(longest, s.page_size); ++i) {
         index_t from = -1;
         for (index_t j = 0; j < before_pages; ++j) {
-          if (all_slots(i, [&](index_t position, index_t slot) { return position - j * s.page_size == slot - i * s.page_size; })) {
+          if (all_slots(i, [&](index_t position, index_t slot) {
+                return position - j * s.page_size == slot - i * s.page_size;
+              })) {
             from = j;
           }
         }
@@ -254,7 +262,8 @@ class paged_model {
     }
     for (index_t t = 0; t < s.tables; ++t) {
       position_t longest = 0;
-      for (index_t h = t * s.heads_per_page; h < (t + 1) * s.heads_per_page; ++h) longest = std::max(longest, kept.lengths(0, h));
+      for (index_t h = t * s.heads_per_page; h < (t + 1) * s.heads_per_page; ++h)
+        longest = std::max(longest, kept.lengths(0, h));
       require(tables.lengths(b, t) == longest);
       for (index_t i = restkv::pages_of(longest, s.page_size); i < s.most_pages; ++i) {
         require(tables.ids(b, t, i) == restkv::no_page);
@@ -342,15 +351,17 @@ TEST_CASE("paged sequences grow, fork, shrink and end as lists of tokens do") {
                              .heads_per_page = together ? heads : groups,
                              .sequences = pick(random, 1, 5),
                              .most_pages = pick(random, 0, 9)};
-    if (chance(random, 80)) shape.pages = std::max<index_t>(shape.pages, 6), shape.most_pages = std::max<index_t>(shape.most_pages, 3);
+    if (chance(random, 80))
+      shape.pages = std::max<index_t>(shape.pages, 6), shape.most_pages = std::max<index_t>(shape.most_pages, 3);
     paged_model model(shape, trial);
     for (int i = 0; i < 600; ++i) model.step();
     steps += model.steps();
     for (const auto& [what, count] : model.counts()) counts[what] += count;
   }
   CHECK(steps >= 100000);
-  for (const char* what : {"appended", "no page to append to", "table full", "forked", "evicted", "kept none", "kept all",
-                           "no page to copy to", "copied to free pages", "copied to own pages", "taken over", "stayed shared", "freed"}) {
+  for (const char* what :
+       {"appended", "no page to append to", "table full", "forked", "evicted", "kept none", "kept all",
+        "no page to copy to", "copied to free pages", "copied to own pages", "taken over", "stayed shared", "freed"}) {
     INFO(what << ": " << counts[what]);
     CHECK(counts[what] > 50);
   }

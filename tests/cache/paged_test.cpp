@@ -111,15 +111,15 @@ TEMPLATE_TEST_CASE("tokens come out of pages and go into pages", "", float, pack
     const paged_shape s(random);
     const dealt_tables from(random, s.batch, s.tables, s.page_size, s.lengths);
     CAPTURE(trial, s.batch, s.tables, s.heads_per_page, s.page_size, s.head_dim, from.pages);
-    const guarded_tensor<T, 4> pool(random, {from.pages, s.heads_per_page, s.page_size, s.head_dim},
-                                    {.contiguous_channels = chance(random, 60),
-                                     .reversed_axes = chance(random, 30),
-                                     .gaps = chance(random, 50)});
+    const guarded_tensor<T, 4> pool(
+        random, {from.pages, s.heads_per_page, s.page_size, s.head_dim},
+        {.contiguous_channels = chance(random, 60), .reversed_axes = chance(random, 30), .gaps = chance(random, 50)});
     const paged_layout<const T> source{pool.read(), from.tables};
     REQUIRE(source.check().ok());
     const auto at = [&](index_t b, index_t h, index_t n, index_t c) -> const T& {
       const index_t table = h / s.heads_per_page;
-      const auto page = from.ids[static_cast<std::size_t>((b * s.tables + table) * from.tables.most_pages() + n / s.page_size)];
+      const auto page =
+          from.ids[static_cast<std::size_t>((b * s.tables + table) * from.tables.most_pages() + n / s.page_size)];
       return pool.read()(page, h % s.heads_per_page, n % s.page_size, c);
     };
     const auto length_of = [&](index_t b, index_t h) {
@@ -153,7 +153,8 @@ TEMPLATE_TEST_CASE("tokens come out of pages and go into pages", "", float, pack
         if (s.head_dim == 0) continue;
         for (index_t n = 0; n < chunks.extent(2); ++n) {
           for (index_t h = 0; h < s.heads_per_page; ++h) {
-            REQUIRE(&chunks.from_token(n)(0, h, 0, s.head_dim - 1) == &at(b, t * s.heads_per_page + h, n, s.head_dim - 1));
+            REQUIRE(&chunks.from_token(n)(0, h, 0, s.head_dim - 1) ==
+                    &at(b, t * s.heads_per_page + h, n, s.head_dim - 1));
           }
         }
       }
@@ -200,7 +201,8 @@ TEMPLATE_TEST_CASE("tokens come out of pages and go into pages", "", float, pack
 
     const index_t new_size = pick(random, 1, 5);
     const dealt_tables to(random, s.batch, s.tables, new_size, table_lengths);
-    const guarded_tensor<T, 4> other(random, {to.pages, group * s.heads_per_page, new_size, s.head_dim}, {.gaps = true});
+    const guarded_tensor<T, 4> other(random, {to.pages, group * s.heads_per_page, new_size, s.head_dim},
+                                     {.gaps = true});
     const guarded_tensor<T, 4> other_expected(other);
     for (index_t b = 0; b < s.batch; ++b) {
       for (index_t h = 0; h < group * s.heads(); ++h) {
@@ -229,7 +231,8 @@ TEST_CASE("a paged layout is a destination like any other") {
     for (index_t h = 0; h < 3; ++h) lengths.push_back(kept.set().lengths(b, h));
   }
   const dealt_tables to(random, 2, 3, 16, lengths);
-  const guarded_tensor<float, 4> key_pages(random, {to.pages, 1, 16, 8}, {}), value_pages(random, {to.pages, 1, 16, 4}, {});
+  const guarded_tensor<float, 4> key_pages(random, {to.pages, 1, 16, 8}, {}),
+      value_pages(random, {to.pages, 1, 16, 4}, {});
   const paged_layout<float> new_keys{key_pages.view(), to.tables}, new_values{value_pages.view(), to.tables};
   REQUIRE(restkv::compact(kept.read(), key.read(), value.read(), new_keys, new_values).ok());
   for (index_t b = 0; b < 2; ++b) {
@@ -332,8 +335,8 @@ TEST_CASE("whole pages are taken over without a copy, shared ones too") {
   std::vector<std::byte> plan_memory(restkv::page_moves_bytes(tables));
   restkv::page_moves moves;
   const std::vector<position_t> last_two{8, 9, 10, 11, 12, 13, 14};
-  REQUIRE(restkv::compact_pages(pool, written_kept({last_two, last_two}).set(), tables, restkv::workspace(plan_memory), moves,
-                                pages)
+  REQUIRE(restkv::compact_pages(pool, written_kept({last_two, last_two}).set(), tables, restkv::workspace(plan_memory),
+                                moves, pages)
               .ok());
   CHECK(ids == std::vector<page_t>{3, 1, restkv::no_page, restkv::no_page});
   CHECK(lengths[0] == 7);
@@ -597,7 +600,9 @@ TEST_CASE("gathering from pages refuses what does not fit") {
   const written_kept kept({{1, 5, 9}, {0, 2, 3, 4, 8}});
   std::vector<float> out(2 * 5 * 3, -1.0f);
   const dense_layout<float> dense{{out.data(), {1, 2, 5, 3}}};
-  const auto gather = [&](const auto& to) { return gather_tokens(kept.set(), paged_layout<const float>{d.key, d.tables}, to); };
+  const auto gather = [&](const auto& to) {
+    return gather_tokens(kept.set(), paged_layout<const float>{d.key, d.tables}, to);
+  };
 
   d.ids[2] = 5;
   check_error(gather(dense), errc::invalid_argument, {5});
@@ -644,7 +649,8 @@ TEST_CASE("gathering from pages refuses what does not fit") {
   const paged_layout<float> nowhere{{nullptr, {5, 2, 4, 3}}, pages.tables};
   check_error(nowhere.check(), errc::missing_input, {120});
   std::vector<page_t> self{0, 1};
-  const paged_layout<page_t> inside{{self.data(), {2, 1, 1, 1}}, {{self.data(), {1, 1, 2}}, {new_lengths.data(), {1, 1}}}};
+  const paged_layout<page_t> inside{{self.data(), {2, 1, 1, 1}},
+                                    {{self.data(), {1, 1, 2}}, {new_lengths.data(), {1, 1}}}};
   new_lengths[0] = 2;
   check_error(inside.check(), errc::aliasing, {2});
 }
@@ -667,7 +673,8 @@ TEST_CASE("a page that occurs twice is found in pools of every size") {
     REQUIRE(layout.check().ok());
     restkv::const_page_tables second = tables_of(others);
     REQUIRE(restkv::detail::common_page(layout.tables, &second, 1, pages) == restkv::no_page);
-    const auto one = static_cast<std::size_t>(pick(random, 0, 299)), other = static_cast<std::size_t>(pick(random, 0, 299));
+    const auto one = static_cast<std::size_t>(pick(random, 0, 299)),
+               other = static_cast<std::size_t>(pick(random, 0, 299));
     others[other] = ids[one];
     REQUIRE(restkv::detail::common_page(layout.tables, &second, 1, pages) == ids[one]);
     if (one == other) continue;

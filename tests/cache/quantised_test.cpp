@@ -31,7 +31,8 @@ struct recipe {
   [[nodiscard]] std::array<index_t, 4> codes() const {
     const bool along_channels = format.packed == cache_axis::channels;
     const index_t count = 8 / format.bits;
-    return {batch, heads, along_channels ? tokens : groups(tokens, count), along_channels ? groups(channels, count) : channels};
+    return {batch, heads, along_channels ? tokens : groups(tokens, count),
+            along_channels ? groups(channels, count) : channels};
   }
   [[nodiscard]] std::array<index_t, 4> parameters() const {
     return {batch, heads, groups(tokens, tokens_per_group), groups(channels, channels_per_group)};
@@ -45,7 +46,9 @@ recipe random_recipe(random_engine& random, index_t heads) {
   made.tokens = chance(random, 10) ? pick(random, 0, 1) : pick(random, 2, 30);
   made.channels = chance(random, 4) ? pick(random, 60, 140) : pick(random, 0, 13);
   made.tokens_per_group = chance(random, 40) ? 1 : pick(random, 2, 8);
-  made.channels_per_group = chance(random, 30) ? 1 : chance(random, 40) ? std::max<index_t>(1, made.channels) : pick(random, 2, 5);
+  made.channels_per_group = chance(random, 30)   ? 1
+                            : chance(random, 40) ? std::max<index_t>(1, made.channels)
+                                                 : pick(random, 2, 5);
   made.format.bits = 1 << pick(random, 1, 3);
   made.kind = static_cast<quantisation_kind>(pick(random, 0, 2));
   made.format.is_signed = made.kind == quantisation_kind::symmetric || chance(random, 50);
@@ -137,7 +140,8 @@ TEMPLATE_TEST_CASE("quantised numbers are the nearest codes of their group's ran
     INFO(outcome.message());
     REQUIRE(outcome.ok());
 
-    const guarded_tensor<float, 4> back(random, {how.batch, how.heads, how.tokens, how.channels}, {.reversed_axes = true});
+    const guarded_tensor<float, 4> back(random, {how.batch, how.heads, how.tokens, how.channels},
+                                        {.reversed_axes = true});
     REQUIRE(dequantise(cache, back.view()).ok());
     const int levels = how.format.highest() - how.format.lowest();
     each(how, [&](index_t b, index_t h, index_t n, index_t c) {
@@ -152,7 +156,8 @@ TEMPLATE_TEST_CASE("quantised numbers are the nearest codes of their group's ran
         }
       }
       const double number = numbers.view()(b, h, n, c);
-      const double scale = restkv::widen<double>(cache.scale(b, h, n / how.tokens_per_group, c / how.channels_per_group));
+      const double scale =
+          restkv::widen<double>(cache.scale(b, h, n / how.tokens_per_group, c / how.channels_per_group));
       const double second =
           how.kind == quantisation_kind::symmetric
               ? 0
@@ -184,7 +189,8 @@ TEMPLATE_TEST_CASE("quantised numbers are the nearest codes of their group's ran
            other <= how.format.highest(); ++other) {
         const double there = how.kind == quantisation_kind::zero ? scale * (other - second) : scale * other + second;
         if (how.kind == quantisation_kind::symmetric || how.kind == quantisation_kind::zero || scale > 0) {
-          if (std::abs(there - number) < std::abs(value - number) * (1 - 1e-9)) FAIL("code " << other << " is nearer than " << code);
+          if (std::abs(there - number) < std::abs(value - number) * (1 - 1e-9))
+            FAIL("code " << other << " is nearer than " << code);
         }
       }
       REQUIRE(std::abs(back.view()(b, h, n, c) - value) <= 1e-6 * (scale * 2 * levels + std::abs(second)));
@@ -228,7 +234,8 @@ TEST_CASE("codes are rounded to even, and saturate") {
   CHECK(codes[0] == (0 | 3 << 2 | 0 << 4 | 2 << 6));  // the first in the lowest bits
 
   // A group of equal numbers is exact.
-  CHECK(coded({0.1f, 0.1f, 0.1f, 0.1f, 0.1f, 0.1f, 0.1f, 0.1f}, pair, quantisation_kind::offset) == std::vector<int>(8, 0));
+  CHECK(coded({0.1f, 0.1f, 0.1f, 0.1f, 0.1f, 0.1f, 0.1f, 0.1f}, pair, quantisation_kind::offset) ==
+        std::vector<int>(8, 0));
   CHECK(scale[0] == 0);
   CHECK(cache_of(pair, quantisation_kind::offset).value(0, 0, 0, 3) == 0.1f);
   for (const auto kind : {quantisation_kind::symmetric, quantisation_kind::zero, quantisation_kind::offset}) {
@@ -286,7 +293,8 @@ TEMPLATE_TEST_CASE("kept tokens of quantised caches keep their numbers", "", flo
     smaller.heads = group * kv_heads;
     smaller.tokens = 0;
     for (index_t b = 0; b < how.batch; ++b) {
-      for (index_t h = 0; h < smaller.heads; ++h) smaller.tokens = std::max<index_t>(smaller.tokens, kept.lengths(b, h));
+      for (index_t h = 0; h < smaller.heads; ++h)
+        smaller.tokens = std::max<index_t>(smaller.tokens, kept.lengths(b, h));
     }
     if (chance(random, 50)) smaller.tokens += 3;
     if (chance(random, 50)) smaller.format.packed = chance(random, 50) ? cache_axis::tokens : cache_axis::channels;
@@ -321,12 +329,15 @@ TEMPLATE_TEST_CASE("kept tokens of quantised caches keep their numbers", "", flo
       const double value = to.template value<double>(b, h, n, c);
       const double there = from.template value<double>(b, h / group, position, c);
       REQUIRE(std::abs(value - there) <= scale / 2 + slack);
-      const double old_scale = restkv::widen<double>(from.scale(b, h / group, position / size, c / how.channels_per_group));
+      const double old_scale =
+          restkv::widen<double>(from.scale(b, h / group, position / size, c / how.channels_per_group));
       double old_slack = levels * rounding<Scale>(old_scale);
       if (how.kind == quantisation_kind::offset) {
-        old_slack += rounding<Scale>(restkv::widen<double>(from.offset(b, h / group, position / size, c / how.channels_per_group)));
+        old_slack += rounding<Scale>(
+            restkv::widen<double>(from.offset(b, h / group, position / size, c / how.channels_per_group)));
       }
-      REQUIRE(std::abs(value - numbers.view()(b, h / group, position, c)) <= scale / 2 + old_scale / 2 + slack + old_slack);
+      REQUIRE(std::abs(value - numbers.view()(b, h / group, position, c)) <=
+              scale / 2 + old_scale / 2 + slack + old_slack);
     });
 
     // In place: the same, bit by bit, for the slots in use.
@@ -344,8 +355,13 @@ TEMPLATE_TEST_CASE("kept tokens of quantised caches keep their numbers", "", flo
 
 TEST_CASE("a range of tokens, and a whole cache in a workspace") {
   random_engine random(51);
-  const recipe how{.batch = 2, .heads = 2, .tokens = 21, .channels = 6, .tokens_per_group = 4,
-                   .format = {.bits = 4, .is_signed = false, .packed = cache_axis::tokens}, .kind = quantisation_kind::offset};
+  const recipe how{.batch = 2,
+                   .heads = 2,
+                   .tokens = 21,
+                   .channels = 6,
+                   .tokens_per_group = 4,
+                   .format = {.bits = 4, .is_signed = false, .packed = cache_axis::tokens},
+                   .kind = quantisation_kind::offset};
   const quantised_memory<half> memory(random, how);
   const guarded_tensor<float, 4> numbers(random, {2, 2, 21, 6}, {});
   fill(random, numbers.view(), how);
@@ -374,8 +390,13 @@ TEST_CASE("a range of tokens, and a whole cache in a workspace") {
 
 TEST_CASE("damaged parameters damage their own group alone") {
   random_engine random(57);
-  const recipe how{.batch = 1, .heads = 1, .tokens = 12, .channels = 2, .tokens_per_group = 4,
-                   .format = {.bits = 4, .is_signed = false}, .kind = quantisation_kind::offset};
+  const recipe how{.batch = 1,
+                   .heads = 1,
+                   .tokens = 12,
+                   .channels = 2,
+                   .tokens_per_group = 4,
+                   .format = {.bits = 4, .is_signed = false},
+                   .kind = quantisation_kind::offset};
   for (const float damage : {std::numeric_limits<float>::quiet_NaN(), std::numeric_limits<float>::infinity()}) {
     const quantised_memory<float> memory(random, how);
     const guarded_tensor<float, 4> numbers(random, {1, 1, 12, 2}, {});
@@ -386,7 +407,9 @@ TEST_CASE("damaged parameters damage their own group alone") {
     const float kept_value = cache.value(0, 0, 9, 1), other_channel = cache.value(0, 0, 6, 0);
     // Tokens 5 and 6, of the damaged group, meet 9 and 10.
     std::vector<position_t> positions{5, 6, 9, 10}, lengths{4};
-    REQUIRE(restkv::compact_in_place(restkv::const_kept_tokens({positions.data(), {1, 1, 4}}, {lengths.data(), {1, 1}}), cache).ok());
+    REQUIRE(restkv::compact_in_place(restkv::const_kept_tokens({positions.data(), {1, 1, 4}}, {lengths.data(), {1, 1}}),
+                                     cache)
+                .ok());
     CHECK(std::isfinite(cache.scale(0, 0, 0, 1)));
     CHECK(std::abs(cache.value(0, 0, 2, 1) - kept_value) <= cache.scale(0, 0, 0, 1) * 0.5001f);
     CHECK(std::abs(cache.value(0, 0, 1, 0) - other_channel) <= cache.scale(0, 0, 0, 0) * 0.5001f);
@@ -395,8 +418,14 @@ TEST_CASE("damaged parameters damage their own group alone") {
 
 TEST_CASE("quantised caches that do not fit are refused, with nothing written") {
   random_engine random(61);
-  const recipe how{.batch = 1, .heads = 2, .tokens = 10, .channels = 6, .tokens_per_group = 4, .channels_per_group = 3,
-                   .format = {.bits = 4}, .kind = quantisation_kind::zero};
+  const recipe how{.batch = 1,
+                   .heads = 2,
+                   .tokens = 10,
+                   .channels = 6,
+                   .tokens_per_group = 4,
+                   .channels_per_group = 3,
+                   .format = {.bits = 4},
+                   .kind = quantisation_kind::zero};
   const quantised_memory<float> memory(random, how), out(random, how);
   const guarded_tensor<float, 4> numbers(random, {1, 2, 10, 6}, {});
   fill(random, numbers.view(), how);
@@ -474,7 +503,9 @@ TEST_CASE("a scale may lie behind its token's codes") {
   REQUIRE(quantise(numbers.read(), cache).ok());
   const float last = cache.value(0, 1, 4, 7);
   std::vector<position_t> positions{0, 3, 1, 4}, lengths{2, 2};
-  REQUIRE(restkv::compact_in_place(restkv::const_kept_tokens({positions.data(), {1, 2, 2}}, {lengths.data(), {1, 2}}), cache).ok());
+  REQUIRE(restkv::compact_in_place(restkv::const_kept_tokens({positions.data(), {1, 2, 2}}, {lengths.data(), {1, 2}}),
+                                   cache)
+              .ok());
   CHECK(cache.value(0, 1, 1, 7) == last);
   auto inside = cache;
   inside.scale.data -= 1;  // the last 4 codes of each row

@@ -17,8 +17,10 @@ TEST_CASE("the parts of a kept set gather what the whole gathers") {
     const index_t boundary = pick(random, 0, tokens + 2);
     const random_kept made(random, batch, heads, tokens, tokens + 1);
     const auto kept = made.read();
-    const guarded_tensor<position_t, 3> front(random, {batch, heads, tokens + 1}, {}), back(random, {batch, heads, tokens + 1}, {});
-    const guarded_tensor<position_t, 2> front_lengths(random, {batch, heads}, {}), back_lengths(random, {batch, heads}, {});
+    const guarded_tensor<position_t, 3> front(random, {batch, heads, tokens + 1}, {}),
+        back(random, {batch, heads, tokens + 1}, {});
+    const guarded_tensor<position_t, 2> front_lengths(random, {batch, heads}, {}),
+        back_lengths(random, {batch, heads}, {});
     REQUIRE(split_kept(kept, boundary, {front.view(), front_lengths.view()}, {back.view(), back_lengths.view()}).ok());
     for (index_t b = 0; b < batch; ++b) {
       for (index_t h = 0; h < heads; ++h) {
@@ -53,11 +55,15 @@ TEST_CASE("a kept set is not split into parts that do not fit") {
   check_error(split(5, 4, 4), errc::invalid_argument, {5, 4});
   length[0] = 4;
   const kept_tokens good({front.data(), {1, 1, 4}}, {front_length.data(), {1, 1}});
-  check_error(split_kept(kept, 5, good, {{front.data(), {1, 1, 4}}, {back_length.data(), {1, 1}}}), errc::aliasing, {16});
-  check_error(split_kept(kept, 5, good, {{positions.data(), {1, 1, 4}}, {back_length.data(), {1, 1}}}), errc::aliasing, {16});
+  check_error(split_kept(kept, 5, good, {{front.data(), {1, 1, 4}}, {back_length.data(), {1, 1}}}), errc::aliasing,
+              {16});
+  check_error(split_kept(kept, 5, good, {{positions.data(), {1, 1, 4}}, {back_length.data(), {1, 1}}}), errc::aliasing,
+              {16});
   check_error(split_kept(kept, 5, good, {{back.data(), {1, 1, 4}}, {length.data(), {1, 1}}}), errc::aliasing, {4});
-  check_error(split_kept(kept, 5, good, {{back.data(), {1, 2, 4}}, {back_length.data(), {1, 1}}}), errc::shape_mismatch, {2, 1});
-  check_error(split_kept(kept, 5, good, {{nullptr, {1, 1, 4}}, {back_length.data(), {1, 1}}}), errc::missing_input, {4});
+  check_error(split_kept(kept, 5, good, {{back.data(), {1, 2, 4}}, {back_length.data(), {1, 1}}}), errc::shape_mismatch,
+              {2, 1});
+  check_error(split_kept(kept, 5, good, {{nullptr, {1, 1, 4}}, {back_length.data(), {1, 1}}}), errc::missing_input,
+              {4});
   CHECK(front[0] == -1);
   CHECK(front_length[0] == -1);
   CHECK(back_length[0] == -1);

@@ -377,6 +377,30 @@ TEST_CASE("a cache in pages", "[docs]") {
   for (index_t i = 0; i < 40; ++i) CHECK(value.row(0, 1, i)(3) == whole.value(0, 1, kept.positions(0, 1, i), 3));
 }
 
+TEST_CASE("a policy that keeps whole pages moves no token", "[docs]") {
+  paged_layer engine;
+  const restkv::paged_layout<const float> key{engine.key_pages, engine.tables}, value{engine.value_pages, engine.tables};
+  std::vector<restkv::tensor_view<const float, 4>> key_chunks(8), value_chunks(8);
+  restkv::layer_view<float> layer;
+  layer.query = engine.whole.view().query;
+  REQUIRE(restkv::page_chunks(key, 0, 0, key_chunks, layer.key).ok());
+  REQUIRE(restkv::page_chunks(value, 0, 0, value_chunks, layer.value).ok());
+  auto policy = restkv::presets::snap_kv(60);
+  policy.granularity = {.tokens = 16, .shared = true};
+  restkv::reference_backend backend;
+  const auto selected = restkv::select(backend, policy, layer);
+  const auto keys = engine.key_memory;
+  std::vector<std::byte> memory(restkv::page_moves_bytes(engine.tables));
+  restkv::page_moves moves;
+  REQUIRE(restkv::compact_pages(engine.pool, selected.kept(), engine.tables, restkv::workspace(memory), moves,
+                                engine.key_pages, engine.value_pages)
+              .ok());
+  CHECK(engine.lengths[0] < 60);
+  CHECK(moves.freed.size() == static_cast<std::size_t>(6 - restkv::pages_of(engine.lengths[0], 16)));
+  CHECK(moves.freed.size() >= 2);
+  CHECK(engine.key_memory == keys);
+}
+
 TEST_CASE("tables for each head, copied out of their pages", "[docs]") {
   // Two heads with 60 and 90 tokens in pages of one head.
   const restkv_test::arranged_layer<float> made({.query_heads = 4, .kv_heads = 2, .head_dim = 8, .tokens = 90});
@@ -386,12 +410,16 @@ TEST_CASE("tables for each head, copied out of their pages", "[docs]") {
   for (std::size_t i = 0; i < 6; ++i) ids[6 + i] = static_cast<restkv::page_t>(i < 5 ? 2 * i : 1);
   const restkv::const_page_tables tables({ids.data(), {1, 2, 6}}, {lengths.data(), {1, 2}});
   std::vector<float> key_memory(10 * 16 * 8), value_memory(key_memory.size());
-  const restkv::tensor_view<float, 4> key_pages(key_memory.data(), {10, 1, 16, 8}), value_pages(value_memory.data(), {10, 1, 16, 8});
+  const restkv::tensor_view<float, 4> key_pages(key_memory.data(), {10, 1, 16, 8});
+  const restkv::tensor_view<float, 4> value_pages(value_memory.data(), {10, 1, 16, 8});
   const restkv::paged_layout<float> key{key_pages, tables}, value{value_pages, tables};
   REQUIRE(key.check().ok());
   for (index_t h = 0; h < 2; ++h) {
     for (index_t n = 0; n < key.length(0, h); ++n) {
-      for (index_t c = 0; c < 8; ++c) key.row(0, h, n)(c) = made.key(0, h, n, c), value.row(0, h, n)(c) = made.value(0, h, n, c);
+      for (index_t c = 0; c < 8; ++c) {
+        key.row(0, h, n)(c) = made.key(0, h, n, c);
+        value.row(0, h, n)(c) = made.value(0, h, n, c);
+      }
     }
   }
   const index_t kv_heads = 2, longest = 90, head_dim = 8;
@@ -537,7 +565,8 @@ TEST_CASE("a quantised cache, scored and compacted", "[docs]") {
   const index_t capacity = kept.capacity();
   std::vector<position_t> front_memory(static_cast<std::size_t>(kv_heads * capacity)), back_memory(front_memory.size());
   std::vector<position_t> front_lengths(kv_heads), back_lengths(kv_heads);
-  const restkv::kept_tokens front({front_memory.data(), {1, kv_heads, capacity}}, {front_lengths.data(), {1, kv_heads}});
+  const restkv::kept_tokens front({front_memory.data(), {1, kv_heads, capacity}},
+                                  {front_lengths.data(), {1, kv_heads}});
   const restkv::kept_tokens back({back_memory.data(), {1, kv_heads, capacity}}, {back_lengths.data(), {1, kv_heads}});
   std::vector<float> new_memory(static_cast<std::size_t>(kv_heads * 32 * head_dim));
   const restkv::dense_layout<float> kept_new_keys{{new_memory.data(), {1, kv_heads, 32, head_dim}}};

@@ -2,11 +2,11 @@
 /// @file
 /// `plan_page_moves`: which pages a paged cache keeps, leaves and takes when only some tokens are kept.
 ///
-/// A page of slots all of whose tokens come from one page, from its beginning on and in every head, is that page: nothing
-/// is copied, and a page that is shared stays shared. A policy that keeps whole pages (`granularity`) moves no token at
-/// all. Other slots are written, and a page that anything else refers to never is: they go to the page they were in when
-/// that is the sequence's own, else to its own pages that hold no kept token, and when these do not suffice to free ones;
-/// if there are too few, nothing is changed. The sequence lets go of every other page.
+/// A page of slots all of whose tokens come from one page, from its beginning on and in every head, is that page:
+/// nothing is copied, and a page that is shared stays shared. A policy that keeps whole pages (`granularity`) moves no
+/// token at all. Other slots are written, and a page that anything else refers to never is: they go to the page they
+/// were in when that is the sequence's own, else to its own pages that hold no kept token, and when these do not
+/// suffice to free ones; if there are too few, nothing is changed. The sequence lets go of every other page.
 #pragma once
 
 #include <restkv/cache/gather.hpp>
@@ -69,7 +69,8 @@ struct table_moves {
   [[nodiscard]] index_t length() const noexcept {
     index_t longest = 0;
     for (const const_kept_tokens& kept : layers) {
-      for (index_t h = first_head; h < first_head + heads; ++h) longest = std::max<index_t>(longest, kept.lengths(b, h));
+      for (index_t h = first_head; h < first_head + heads; ++h)
+        longest = std::max<index_t>(longest, kept.lengths(b, h));
     }
     return longest;
   }
@@ -169,14 +170,15 @@ template <page_allocator Allocator>
   return counted.required_bytes();
 }
 
-/// Decides which pages a compaction keeps, leaves and takes, and takes them from the allocator. No page is written and no
-/// table is changed; give the pages back with `cancel_page_moves`, or go on with `move_tokens` and `commit_page_moves`.
+/// Decides which pages a compaction keeps, leaves and takes, and takes them from the allocator. No page is written and
+/// no table is changed; give the pages back with `cancel_page_moves`, or go on with `move_tokens` and
+/// `commit_page_moves`.
 ///
 /// layers: the kept sets of all layers that use these tables, each [batch, tables * heads_per_page]. A table is as long
 /// afterwards as the longest of its heads in any layer; the slots behind a shorter head's length hold leftovers.
 ///
-/// Fails, with the allocator and `moves` as they were: tables or kept sets that do not fit, a kept set per query head, a
-/// page with fewer references than tables, a workspace that is too small, and too few free pages
+/// Fails, with the allocator and `moves` as they were: tables or kept sets that do not fit, a kept set per query head,
+/// a page with fewer references than tables, a workspace that is too small, and too few free pages
 /// (errc::workspace_too_small).
 ///
 /// Cost: O(log kept) per page, head and layer, and a sort of the pages.
@@ -212,7 +214,9 @@ template <page_allocator Allocator>
       const index_t after = pages_of(length, page_size);
       made.lengths(b, t) = static_cast<position_t>(length);
       for (index_t i = after; i < tables.most_pages(); ++i) made.ids(b, t, i) = no_page;
-      const auto owned = [&](index_t i) { return static_cast<index_t>(allocator.references(tables.ids(b, t, i))) == 1; };
+      const auto owned = [&](index_t i) {
+        return static_cast<index_t>(allocator.references(tables.ids(b, t, i))) == 1;
+      };
       std::fill(arrays.stays, arrays.stays + before, std::uint8_t{0});
       index_t copies = 0;
       for (index_t i = 0; i < after; ++i) {

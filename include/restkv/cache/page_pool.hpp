@@ -39,11 +39,11 @@ concept has_page_changes = requires(A& allocator, page_t page, page_t& taken, bo
 /// Who owns the pages of a cache. `page_pool` is one; an engine with a block manager of its own writes five lines
 /// around that.
 ///
-/// `pages()`: pages are numbered [0, pages()). `available()`: how many are free. `references(page)`: how many tables hold
-/// the page, 0 for a free one; at least 2 for every page that must not be written, which is also how a page that a prefix
-/// cache retains is protected. `allocate(page)`: takes a free page, with one reference; succeeds available() times.
-/// `share(page)`: one reference more. `release(page, freed)`: one reference less; `freed` says whether that was the last
-/// and the page is free again; succeeds for a page with references.
+/// `pages()`: pages are numbered [0, pages()). `available()`: how many are free. `references(page)`: how many tables
+/// hold the page, 0 for a free one; at least 2 for every page that must not be written, which is also how a page that a
+/// prefix cache retains is protected. `allocate(page)`: takes a free page, with one reference; succeeds available()
+/// times. `share(page)`: one reference more. `release(page, freed)`: one reference less; `freed` says whether that was
+/// the last and the page is free again; succeeds for a page with references.
 template <class A>
 concept page_allocator = detail::has_page_counts<A> && detail::has_page_changes<A>;
 
@@ -65,8 +65,8 @@ class page_pool {
     return counted.required_bytes();
   }
 
-  /// A pool of `pages` pages, all free, whose book-keeping lies in `memory` from now on. Fails when that is smaller than
-  /// `required_bytes(pages)`, and for a number of pages outside [0, 2^31); the pool is then as it was.
+  /// A pool of `pages` pages, all free, whose book-keeping lies in `memory` from now on. Fails when that is smaller
+  /// than `required_bytes(pages)`, and for a number of pages outside [0, 2^31); the pool is then as it was.
   [[nodiscard]] status reset(index_t pages, workspace memory) noexcept {
     if (pages < 0 || pages > most_pages) {
       return status::error(errc::invalid_argument, "a pool of %lld pages: must be within [0, %lld]",
@@ -149,8 +149,8 @@ namespace detail {
 
 [[nodiscard]] inline status check_available(index_t needed, index_t available) noexcept {
   if (needed <= available) return {};
-  return status::error(errc::workspace_too_small, "%lld pages are needed, %lld are free", static_cast<long long>(needed),
-                       static_cast<long long>(available));
+  return status::error(errc::workspace_too_small, "%lld pages are needed, %lld are free",
+                       static_cast<long long>(needed), static_cast<long long>(available));
 }
 
 }  // namespace detail

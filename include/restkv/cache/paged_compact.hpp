@@ -2,9 +2,9 @@
 /// @file
 /// `compact_pages`: kept tokens of a paged cache move to the front of their tables, and whole pages become free.
 ///
-/// `compact_pages` does this for one layer. Where the layers of a model share their tables (block ids that index a tensor
-/// of each layer), take its three steps apart: `plan_page_moves` for the kept sets of all layers, `move_tokens` for each
-/// tensor of each layer, `commit_page_moves`. `page_moves.hpp` says what becomes of shared pages.
+/// `compact_pages` does this for one layer. Where the layers of a model share their tables (block ids that index a
+/// tensor of each layer), take its three steps apart: `plan_page_moves` for the kept sets of all layers, `move_tokens`
+/// for each tensor of each layer, `commit_page_moves`. `page_moves.hpp` says what becomes of shared pages.
 #pragma once
 
 #include <restkv/cache/gather.hpp>
@@ -62,8 +62,9 @@ void move_tokens_of_head(const page_moves& moves, const const_kept_tokens& kept,
 /// overlaps itself, the kept set, the tables or the plan. Cost: one read and one write of the tokens that move.
 template <class T, parallel_loop ParallelFor = serial_for>
   requires detail::copyable_bytes<T>
-[[nodiscard]] status move_tokens(const page_moves& moves, const const_kept_tokens& kept, const const_page_tables& tables,
-                                 const tensor_view<T, 4>& pages, const ParallelFor& parallel_for = {}) {
+[[nodiscard]] status move_tokens(const page_moves& moves, const const_kept_tokens& kept,
+                                 const const_page_tables& tables, const tensor_view<T, 4>& pages,
+                                 const ParallelFor& parallel_for = {}) {
   RESTKV_RETURN_IF_FAILED(detail::check_paged_tensor(moves, tables, kept, pages));
   RESTKV_RETURN_IF_FAILED(check_tables(tables, pages.extent(0), moves.page_size));
   RESTKV_RETURN_IF_FAILED(detail::check_equal("the plan", "sequences", moves.ids.extent(0), "tables", tables.batch()));
@@ -84,8 +85,8 @@ template <class T, parallel_loop ParallelFor = serial_for>
   return {};
 }
 
-/// Puts the plan's pages and lengths into the tables and lets go of the pages that they no longer hold; `moves.freed` are
-/// those that are free again. Entries behind a table's pages become `no_page`.
+/// Puts the plan's pages and lengths into the tables and lets go of the pages that they no longer hold; `moves.freed`
+/// are those that are free again. Entries behind a table's pages become `no_page`.
 ///
 /// Fails for tables of another size than the plan's, with nothing changed, and when the allocator refuses to release a
 /// page, which one that keeps its counts does not.
@@ -117,7 +118,8 @@ namespace detail {
 
 [[nodiscard]] inline status check_separate_tensors() noexcept { return {}; }
 template <class First, class... Rest>
-[[nodiscard]] status check_separate_tensors(const tensor_view<First, 4>& first, const tensor_view<Rest, 4>&... rest) noexcept {
+[[nodiscard]] status check_separate_tensors(const tensor_view<First, 4>& first,
+                                            const tensor_view<Rest, 4>&... rest) noexcept {
   status outcome;
   [[maybe_unused]] const auto with = [&](const auto& other) {
     if (!outcome.ok() || !may_overlap(first, other)) return;
@@ -130,8 +132,8 @@ template <class First, class... Rest>
 
 }  // namespace detail
 
-/// Moves the kept tokens of a paged cache to the front of their tables and frees the pages behind them: afterwards slot i
-/// of head h holds what was at position kept.positions(b, h, i), in every tensor, and `tables` says where.
+/// Moves the kept tokens of a paged cache to the front of their tables and frees the pages behind them: afterwards slot
+/// i of head h holds what was at position kept.positions(b, h, i), in every tensor, and `tables` says where.
 ///
 /// kept: [batch, tables * heads_per_page], one set per KV head. tables: of all sequences that are compacted, or
 /// `tables.sequence(b)` for one. pages: keys, values, and arrays beside them, each [pages, heads_per_page, page_size,

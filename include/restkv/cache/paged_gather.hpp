@@ -47,7 +47,8 @@ template <class T>
   RESTKV_RETURN_IF_FAILED(check_kept_memory(kept));
   index_t longest = 0;
   for (index_t b = 0; b < source.batch(); ++b) {
-    for (index_t t = 0; t < source.tables.tables(); ++t) longest = std::max<index_t>(longest, source.tables.lengths(b, t));
+    for (index_t t = 0; t < source.tables.tables(); ++t)
+      longest = std::max<index_t>(longest, source.tables.lengths(b, t));
   }
   RESTKV_RETURN_IF_FAILED(check_kept(kept, source.batch(), source.heads(), longest));
   const index_t group = kept.heads() / source.heads();
@@ -56,7 +57,8 @@ template <class T>
       const index_t length = kept.lengths(b, h);
       const index_t tokens = source.length(b, h / group);
       if (length == 0 || kept.positions(b, h, length - 1) < tokens) continue;
-      return status::error(errc::invalid_argument, "head %lld of sequence %lld keeps position %lld, its pages hold %lld tokens",
+      return status::error(errc::invalid_argument,
+                           "head %lld of sequence %lld keeps position %lld, its pages hold %lld tokens",
                            static_cast<long long>(h), static_cast<long long>(b),
                            static_cast<long long>(kept.positions(b, h, length - 1)), static_cast<long long>(tokens));
     }
@@ -69,9 +71,9 @@ template <class T>
 /// Copies kept tokens out of pages: out.row(b, h, i) = source.row(b, h / group, kept.positions(b, h, i)) for
 /// i < kept.lengths(b, h), bit by bit, where group = kept.heads() / source.heads().
 ///
-/// source: a `paged_layout`; out: any layout of [batch, kept.heads()] rows of head_dim channels: dense, ragged, or pages
-/// again, also of the same pool. Elements are of any trivially copyable type. Slots behind a head's length are left as
-/// they are.
+/// source: a `paged_layout`; out: any layout of [batch, kept.heads()] rows of head_dim channels: dense, ragged, or
+/// pages again, also of the same pool. Elements are of any trivially copyable type. Slots behind a head's length are
+/// left as they are.
 ///
 /// Fails, before anything is written: tables that do not fit the pool, a kept set that does not fit the tables, an
 /// inconsistent layout, other heads or channels, too few slots, a null pointer, and an output that overlaps the source,
@@ -144,12 +146,12 @@ template <class T, class U, parallel_loop ParallelFor = serial_for>
 /// then reads the cache where it lies.
 ///
 /// memory: room for the chunks, pages_of(length, page_size) of them and at least one; it must live as long as `chunks`
-/// is used. Pages that follow each other make one chunk where their tokens do too, as in pools [pages, page_size, heads,
-/// head_dim]; elsewhere there is a chunk for each page. Sequences of a batch have different tables, so each is a layer of
-/// its own. A table without tokens gives one chunk without tokens.
+/// is used. Pages that follow each other make one chunk where their tokens do too, as in pools [pages, page_size,
+/// heads, head_dim]; elsewhere there is a chunk for each page. Sequences of a batch have different tables, so each is a
+/// layer of its own. A table without tokens gives one chunk without tokens.
 ///
-/// Fails on tables that do not fit the pool, a sequence or table that does not exist, and too small a memory; `chunks` is
-/// then as it was.
+/// Fails on tables that do not fit the pool, a sequence or table that does not exist, and too small a memory; `chunks`
+/// is then as it was.
 template <class T>
 [[nodiscard]] status page_chunks(const paged_layout<T>& cache, index_t sequence, index_t table,
                                  std::span<tensor_view<const std::remove_const_t<T>, 4>> memory,

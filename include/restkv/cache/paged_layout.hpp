@@ -117,8 +117,8 @@ constexpr bool visit_pages(const const_page_tables& tables, index_t page_size, c
   return true;
 }
 
-/// The smallest-numbered page within [0, pages) that `first` holds together with `second`, or holds twice where `second`
-/// is null; no_page where there is none. Marks lie on the stack, for so many pages at a time.
+/// The smallest-numbered page within [0, pages) that `first` holds together with `second`, or holds twice where
+/// `second` is null; no_page where there is none. Marks lie on the stack, for so many pages at a time.
 [[nodiscard]] inline page_t common_page(const const_page_tables& first, const const_page_tables* second,
                                         index_t page_size, index_t pages) noexcept {
   constexpr index_t span = 32768;
@@ -146,10 +146,10 @@ constexpr bool visit_pages(const const_page_tables& tables, index_t page_size, c
 /// Keys or values in pages of `page_size` tokens. KV head h of sequence b has table h / heads_per_page and lies in row
 /// h % heads_per_page of its pages, where heads_per_page is pages.extent(1):
 ///
-/// - pages [pages, kv_heads, page_size, head_dim] and tables [batch, 1, ...]: one table a sequence, whose pages hold the
-///   same tokens of all heads. Strides say whether heads or tokens come first within a page.
-/// - pages [pages, 1, page_size, head_dim] and tables [batch, kv_heads, ...]: a table for each head, whose heads may keep
-///   different numbers of tokens and share one pool.
+/// - pages [pages, kv_heads, page_size, head_dim] and tables [batch, 1, ...]: one table a sequence, whose pages hold
+///   the same tokens of all heads. Strides say whether heads or tokens come first within a page.
+/// - pages [pages, 1, page_size, head_dim] and tables [batch, kv_heads, ...]: a table for each head, whose heads may
+///   keep different numbers of tokens and share one pool.
 ///
 /// With const elements it is a source for `gather_tokens`; else it also models `cache_layout`: `capacity(b, h)` is what
 /// the pages of the head's table hold, so set `tables.lengths` to the tokens that are to come (the longest head's) and
@@ -189,7 +189,8 @@ struct paged_layout {
     const auto ll = [](index_t n) { return static_cast<long long>(n); };
     for (std::size_t axis = 0; axis < 4; ++axis) {
       if (pages.extent(axis) >= 0) continue;
-      return status::error(errc::shape_mismatch, "pages has extent %lld on axis %zu of 4", ll(pages.extent(axis)), axis);
+      return status::error(errc::shape_mismatch, "pages has extent %lld on axis %zu of 4", ll(pages.extent(axis)),
+                           axis);
     }
     if (pages.data == nullptr && pages.size() > 0) {
       return status::error(errc::missing_input, "pages has a null pointer and %lld elements", ll(pages.size()));
@@ -205,7 +206,8 @@ struct paged_layout {
                              ll(page_size()));
       }
       if (touched().overlaps(touched_bytes(tables.ids)) || touched().overlaps(touched_bytes(tables.lengths))) {
-        return status::error(errc::aliasing, "pages spans %lld bytes, and the %lld entries of the tables lie among them",
+        return status::error(errc::aliasing,
+                             "pages spans %lld bytes, and the %lld entries of the tables lie among them",
                              ll(touched().last - touched().first), ll(tables.ids.size()));
       }
     }

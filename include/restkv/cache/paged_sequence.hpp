@@ -35,9 +35,9 @@ void copy_page(const tensor_view<T, 4>& pages, page_t from, page_t to, index_t t
 
 }  // namespace detail
 
-/// Makes room for `count` tokens behind those of each of a sequence's tables: takes the pages that this needs, and where
-/// the last page is partly filled and shared, copies it to a page of the table's own first. The tables are `count` tokens
-/// longer afterwards; writing them is the caller's.
+/// Makes room for `count` tokens behind those of each of a sequence's tables: takes the pages that this needs, and
+/// where the last page is partly filled and shared, copies it to a page of the table's own first. The tables are
+/// `count` tokens longer afterwards; writing them is the caller's.
 ///
 /// pages: the tensors that the tables' pages belong to, each [pages, heads_per_page, page_size, channels].
 ///
@@ -111,8 +111,8 @@ template <page_allocator Allocator, class First, class... Rest>
 /// Makes sequence `to` hold what sequence `from` holds, by sharing its pages: for beams, or prompts with the same
 /// beginning. `to` must be empty, and has the same number of tables.
 ///
-/// tables: the tables of both. Fails, with nothing changed: tables that do not fit, a sequence that is not empty or does
-/// not exist, and a page that cannot be shared. Cost: one reference more for each page; no token is read.
+/// tables: the tables of both. Fails, with nothing changed: tables that do not fit, a sequence that is not empty or
+/// does not exist, and a page that cannot be shared. Cost: one reference more for each page; no token is read.
 template <page_allocator Allocator>
 [[nodiscard]] status fork_sequence(Allocator& allocator, const page_tables& tables, index_t page_size, index_t from,
                                    index_t to) noexcept {
@@ -150,8 +150,8 @@ template <page_allocator Allocator>
 
 /// Lets go of all pages of a sequence, which is empty afterwards; its entries become `no_page`.
 ///
-/// Fails, with nothing changed, on tables that do not fit, a sequence that does not exist, and a page without a reference;
-/// later only when the allocator refuses to release a page that has one.
+/// Fails, with nothing changed, on tables that do not fit, a sequence that does not exist, and a page without a
+/// reference; later only when the allocator refuses to release a page that has one.
 template <page_allocator Allocator>
 [[nodiscard]] status release_sequence(Allocator& allocator, const page_tables& tables, index_t page_size,
                                       index_t sequence) noexcept {

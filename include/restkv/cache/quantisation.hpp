@@ -2,20 +2,20 @@
 /// @file
 /// Numbers as small integers: `code_format`, and how a group of numbers gets its scale and its codes.
 ///
-/// A group of numbers shares a scale s, and a zero point z or an offset o: value = s * (code - z) + o. Which of the two a
-/// cache has is its convention:
+/// A group of numbers shares a scale s, and a zero point z or an offset o: value = s * (code - z) + o. Which of the two
+/// a cache has is its convention:
 ///
 /// - neither, signed codes (symmetric): s = max |x| / highest, as in int8 caches with a scale for each token.
 /// - a zero point, in units of codes (asymmetric): the range is widened to hold 0, so that z is a code and 0 is exact.
-/// - an offset, in units of values (asymmetric): s = (max - min) / (highest - lowest), and min has the lowest code, as in
-///   KIVI (Liu et al., arXiv 2402.02750).
+/// - an offset, in units of values (asymmetric): s = (max - min) / (highest - lowest), and min has the lowest code, as
+///   in KIVI (Liu et al., arXiv 2402.02750).
 ///
-/// Codes are rounded to nearest, ties to even, and saturate. With the parameters rounded to their type, a number x of the
-/// group's range and its value differ by at most s / 2 + (highest - lowest) * (rounding of s) + (rounding of o).
+/// Codes are rounded to nearest, ties to even, and saturate. With the parameters rounded to their type, a number x of
+/// the group's range and its value differ by at most s / 2 + (highest - lowest) * (rounding of s) + (rounding of o).
 ///
 /// Numbers that are not finite do not shape the range: infinities take the code at their end, NaN that of the value
-/// nearest to 0, and a group with nothing finite is 0. A group of equal numbers is exact with an offset (s = 0), and so is a
-/// group of zeros in every convention. Parameters that exceed their type saturate.
+/// nearest to 0, and a group with nothing finite is 0. A group of equal numbers is exact with an offset (s = 0), and so
+/// is a group of zeros in every convention. Parameters that exceed their type saturate.
 #pragma once
 
 #include <restkv/core/dtype.hpp>

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 /// @file
-/// `quantise` and `dequantise`: a whole tensor of keys or values to codes and back, and back into a workspace, for scoring.
+/// `quantise` and `dequantise`: a whole tensor of keys or values to codes and back, and back into a workspace, for
+/// scoring.
 #pragma once
 
 #include <restkv/cache/gather.hpp>
@@ -124,12 +125,19 @@ void dequantise_head(const quantised_view<const Scale>& in, index_t b, index_t h
       }
       for (index_t n = begin; n < end; ++n) {
         switch (in.format.bits) {
-          case 8: read_codes<8>(in, b, h, first + n, from, count, codes.data()); break;
-          case 4: read_codes<4>(in, b, h, first + n, from, count, codes.data()); break;
-          default: read_codes<2>(in, b, h, first + n, from, count, codes.data()); break;
+          case 8:
+            read_codes<8>(in, b, h, first + n, from, count, codes.data());
+            break;
+          case 4:
+            read_codes<4>(in, b, h, first + n, from, count, codes.data());
+            break;
+          default:
+            read_codes<2>(in, b, h, first + n, from, count, codes.data());
+            break;
         }
         for (index_t i = 0; i < count; ++i) {
-          out(n, from + i) = narrow<T>(groups[static_cast<std::size_t>(i)].value_at(codes[static_cast<std::size_t>(i)]));
+          out(n, from + i) =
+              narrow<T>(groups[static_cast<std::size_t>(i)].value_at(codes[static_cast<std::size_t>(i)]));
         }
       }
     }
@@ -140,11 +148,11 @@ void dequantise_head(const quantised_view<const Scale>& in, index_t b, index_t h
 
 /// Quantises a tensor: codes and parameters of every group, as `quantisation.hpp` says.
 ///
-/// in: [batch, heads, tokens, channels], any strides; out: a cache of the same sizes. For one whose sequences do not fill
-/// the token axis, slice both.
+/// in: [batch, heads, tokens, channels], any strides; out: a cache of the same sizes. For one whose sequences do not
+/// fill the token axis, slice both.
 ///
-/// Fails, before anything is written: other sizes, an inconsistent cache, one of unsigned codes with neither zero points
-/// nor offsets, and memory that overlaps. Cost: two reads of the tensor, one write of the codes.
+/// Fails, before anything is written: other sizes, an inconsistent cache, one of unsigned codes with neither zero
+/// points nor offsets, and memory that overlaps. Cost: two reads of the tensor, one write of the codes.
 template <element T, element Scale, parallel_loop ParallelFor = serial_for>
   requires(!std::is_const_v<Scale>)
 [[nodiscard]] status quantise(const tensor_view<T, 4>& in, const quantised_view<Scale>& out,
@@ -171,10 +179,11 @@ template <element T, element Scale, parallel_loop ParallelFor = serial_for>
 }
 
 /// Tokens [first, first + out.extent(2)) of a quantised cache as numbers: out(b, h, n, c) =
-/// scale * (code - zero) + offset of token first + n, computed in float (in double for a double `out`) and rounded to T.
+/// scale * (code - zero) + offset of token first + n, computed in float (in double for a double `out`) and rounded to
+/// T.
 ///
-/// out: [batch, heads, tokens to read, channels], any strides. Fails, before anything is written: an inconsistent cache,
-/// other sizes, tokens that the cache does not have, memory that overlaps. Cost: one read, one write.
+/// out: [batch, heads, tokens to read, channels], any strides. Fails, before anything is written: an inconsistent
+/// cache, other sizes, tokens that the cache does not have, memory that overlaps. Cost: one read, one write.
 template <element Scale, element T, parallel_loop ParallelFor = serial_for>
   requires(!std::is_const_v<T>)
 [[nodiscard]] status dequantise(const quantised_view<Scale>& in, const tensor_view<T, 4>& out, index_t first = 0,
@@ -203,8 +212,8 @@ template <element Scale, element T, parallel_loop ParallelFor = serial_for>
 /// A quantised cache as a tensor that a `layer_view` takes: T numbers in memory taken from a workspace, which the next
 /// layer may use again. `half` or `bfloat16` take as much memory as the cache of a model that is not quantised.
 ///
-/// tensor: [batch, heads, tokens, channels], dense, valid as long as the workspace's memory. With a counting workspace only
-/// its size is added up and `tensor` is null, so that planning and running are the same call.
+/// tensor: [batch, heads, tokens, channels], dense, valid as long as the workspace's memory. With a counting workspace
+/// only its size is added up and `tensor` is null, so that planning and running are the same call.
 ///
 /// Fails as the other `dequantise` does, and when the workspace is too small; `tensor` is then as it was.
 template <element T, element Scale, parallel_loop ParallelFor = serial_for>

@@ -12,8 +12,8 @@
 ///   `quantisation.hpp` names), where the range of the new group is at most that of all kept numbers in it.
 ///
 /// The alternative, to carry old groups' parameters along with a group number for each token, would be exact, and would
-/// keep as many parameters as there are old groups with a kept token: at a tenth of the tokens more memory than the codes.
-/// Repeated compaction adds up, so compact once for many tokens rather than often for few.
+/// keep as many parameters as there are old groups with a kept token: at a tenth of the tokens more memory than the
+/// codes. Repeated compaction adds up, so compact once for many tokens rather than often for few.
 #pragma once
 
 #include <restkv/cache/quantise.hpp>
@@ -33,8 +33,8 @@ void copy_codes(const quantised_view<const Scale>& in, const quantised_view<Scal
   for (index_t c = 0; c < in.channels; ++c) out.set_code(b, to_head, to, c, in.code(b, from_head, from, c));
 }
 
-/// Fills the slots of one head in ascending order. In place no token is read after it was written, since slot <= position,
-/// and no group's parameters after they were: the tokens of an old group move to groups up to its own number.
+/// Fills the slots of one head in ascending order. In place no token is read after it was written, since slot <=
+/// position, and no group's parameters after they were: the tokens of an old group move to groups up to its own number.
 template <element Scale>
 void gather_quantised_head(const const_kept_tokens& kept, const quantised_view<const Scale>& in,
                            const quantised_view<Scale>& out, index_t row) noexcept {
@@ -68,13 +68,14 @@ void gather_quantised_head(const const_kept_tokens& kept, const quantised_view<c
 /// Copies kept tokens of a quantised cache: slot i of head h of `out` becomes token kept.positions(b, h, i) of head
 /// h / group of `source`, where group = kept.heads() / source.heads().
 ///
-/// source, out: caches with the same channels, groups, bits and parameters; out has kept.heads() heads and at least as many
-/// tokens as each head keeps. What is behind a head's length stays as it is, but for the parameters of a group that is
-/// partly filled. Bytes may be packed along either axis. The top of this file says what becomes of groups along tokens.
+/// source, out: caches with the same channels, groups, bits and parameters; out has kept.heads() heads and at least as
+/// many tokens as each head keeps. What is behind a head's length stays as it is, but for the parameters of a group
+/// that is partly filled. Bytes may be packed along either axis. The top of this file says what becomes of groups along
+/// tokens.
 ///
-/// Fails, before anything is written: a kept set that does not fit, inconsistent or different caches, too few slots, and
-/// memory that overlaps (errc::aliasing). Cost: one read and one write of the kept tokens; two reads and the arithmetic for
-/// groups that are quantised again.
+/// Fails, before anything is written: a kept set that does not fit, inconsistent or different caches, too few slots,
+/// and memory that overlaps (errc::aliasing). Cost: one read and one write of the kept tokens; two reads and the
+/// arithmetic for groups that are quantised again.
 template <element Scale, element OutScale, parallel_loop ParallelFor = serial_for>
   requires(std::is_same_v<std::remove_const_t<Scale>, OutScale>)
 [[nodiscard]] status gather_tokens(const const_kept_tokens& kept, const quantised_view<Scale>& source,
@@ -119,8 +120,8 @@ template <element Scale, element OutScale, parallel_loop ParallelFor = serial_fo
   return {};
 }
 
-/// Moves the kept tokens of a quantised cache to the front of their own heads, as `gather_tokens` would to another cache,
-/// with the same outcome bit by bit. Keys and values are one call each.
+/// Moves the kept tokens of a quantised cache to the front of their own heads, as `gather_tokens` would to another
+/// cache, with the same outcome bit by bit. Keys and values are one call each.
 ///
 /// Fails, before anything is moved: as `gather_tokens` does, and for a kept set per query head (errc::unsupported).
 template <element Scale, parallel_loop ParallelFor = serial_for>

@@ -11,14 +11,15 @@
 namespace restkv {
 
 /// Splits a kept set at a token of the cache: `front` becomes the positions below `boundary`, `back` those from it on,
-/// counted from it. For caches whose beginning lies elsewhere or in another form than their end: quantised tokens and the
-/// newest ones that are not yet (the residual of KIVI, arXiv 2402.02750), a shared prompt and a sequence's own tokens.
+/// counted from it. For caches whose beginning lies elsewhere or in another form than their end: quantised tokens and
+/// the newest ones that are not yet (the residual of KIVI, arXiv 2402.02750), a shared prompt and a sequence's own
+/// tokens.
 ///
 /// front, back: memory for positions [batch, heads, capacity] and lengths [batch, heads]; a capacity of that of `kept`
 /// always suffices.
 ///
-/// Fails, before anything is written: a kept set whose lengths exceed its capacity, a negative boundary, other shapes, too
-/// little room (with both numbers), and memory that overlaps. Cost: one read of the kept set.
+/// Fails, before anything is written: a kept set whose lengths exceed its capacity, a negative boundary, other shapes,
+/// too little room (with both numbers), and memory that overlaps. Cost: one read of the kept set.
 [[nodiscard]] inline status split_kept(const const_kept_tokens& kept, index_t boundary, const kept_tokens& front,
                                        const kept_tokens& back) noexcept {
   const auto ll = [](index_t n) { return static_cast<long long>(n); };
@@ -29,8 +30,9 @@ namespace restkv {
       detail::check_equal("kept.positions", "heads", kept.positions.extent(1), "kept.lengths", kept.heads()));
   RESTKV_RETURN_IF_FAILED(detail::check_lengths(kept));
   if (boundary < 0) {
-    return status::error(errc::invalid_argument, "a kept set of capacity %lld is split at token %lld, must be at least 0",
-                         ll(kept.capacity()), ll(boundary));
+    return status::error(errc::invalid_argument,
+                         "a kept set of capacity %lld is split at token %lld, must be at least 0", ll(kept.capacity()),
+                         ll(boundary));
   }
   const auto below = [&](index_t b, index_t h) {
     index_t count = 0;
@@ -40,9 +42,9 @@ namespace restkv {
   for (const kept_tokens* const part : {&front, &back}) {
     const char* const name = part == &front ? "front" : "back";
     RESTKV_RETURN_IF_FAILED(detail::check_kept_memory(*part));
-    for (const auto& [has, want] : {std::pair(part->batch(), kept.batch()), std::pair(part->heads(), kept.heads()),
-                                    std::pair(part->positions.extent(0), kept.batch()),
-                                    std::pair(part->positions.extent(1), kept.heads())}) {
+    for (const auto& [has, want] :
+         {std::pair(part->batch(), kept.batch()), std::pair(part->heads(), kept.heads()),
+          std::pair(part->positions.extent(0), kept.batch()), std::pair(part->positions.extent(1), kept.heads())}) {
       RESTKV_RETURN_IF_FAILED(detail::check_equal(name, "sequences or heads", has, "the kept set", want));
     }
     RESTKV_RETURN_IF_FAILED(detail::check_distinct(name, part->positions));
@@ -51,8 +53,9 @@ namespace restkv {
       for (index_t h = 0; h < kept.heads(); ++h) {
         const index_t count = part == &front ? below(b, h) : kept.lengths(b, h) - below(b, h);
         if (count <= part->capacity()) continue;
-        return status::error(errc::shape_mismatch, "%s gets %lld positions of head %lld of sequence %lld, its capacity is %lld",
-                             name, ll(count), ll(h), ll(b), ll(part->capacity()));
+        return status::error(errc::shape_mismatch,
+                             "%s gets %lld positions of head %lld of sequence %lld, its capacity is %lld", name,
+                             ll(count), ll(h), ll(b), ll(part->capacity()));
       }
     }
   }
