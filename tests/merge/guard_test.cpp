@@ -108,6 +108,36 @@ TEMPLATE_TEST_CASE("a guarded step never raises the window's error", "[merge][gu
   CHECK(worse_without > 5);  // the guard has something to do
 }
 
+TEST_CASE("heads of different lengths are judged each by its own tokens", "[merge][guard]") {
+  const arranged_layer<float> layer({.batch = 2, .head_dim = 8, .tokens = 40, .queries = 10, .hidden = 9}, 26);
+  const std::vector<std::int32_t> own{40, 23, 31, 12};
+  const auto kept = keep_where(2, 2, 40, [&](index_t b, index_t h, index_t n) {
+    return n >= 40 - own[static_cast<std::size_t>(2 * b + h)] && n % 3 == 0;
+  });
+  compacted_layer<float> made(layer, kept);
+  made.layer.head_lengths = {own.data(), {2, 2}};
+  for (index_t b = 0; b < 2; ++b) {  // what is not there may be anything
+    for (index_t h = 0; h < 2; ++h) {
+      for (index_t n = 0; n < 40 - own[static_cast<std::size_t>(2 * b + h)]; ++n) {
+        layer.key(b, h, n, 0) = layer.value(b, h, n, 0) = std::numeric_limits<float>::quiet_NaN();
+      }
+    }
+  }
+  fall_count steps;
+  const direct_error before(made, 8);
+  merge_options options{.window = 8};
+  options.rope.ignore = true;
+  REQUIRE(run_merge(made, restkv::average_merge{}, options).ok());
+  const direct_error merged(made, 8);
+  steps.compare(before, merged);
+  REQUIRE(run_summary(made, {.window = 8}).ok());
+  const direct_error summarised(made, 8);
+  steps.compare(merged, summarised);
+  REQUIRE(run_fit(made, {.window = 8}).ok());
+  steps.compare(summarised, direct_error(made, 8));
+  CHECK(steps.heads > 6);
+}
+
 TEST_CASE("a guard by the token finds merges that are good where the rest is bad", "[merge][guard]") {
   const arranged_layer<float> layer({.head_dim = 8, .tokens = 60, .queries = 8}, 22);
   const auto kept = keep_where(1, 2, 60, [](index_t, index_t, index_t n) { return n % 4 == 0 || n >= 52; });

@@ -107,11 +107,12 @@ struct direct_error {
     const index_t per_kept = heads / made.kept.heads();
     head.resize(static_cast<std::size_t>(made.kept.batch() * made.kept.heads()));
     for (index_t b = 0; b < made.kept.batch(); ++b) {
-      const auto span = restkv::sequence(layer, b, 0);
-      const index_t rows = std::min(window, span.length);
+      index_t rows = window;
+      for (index_t kv = 0; kv < layer.key.extent(1); ++kv) rows = std::min(rows, restkv::sequence(layer, b, kv).length);
       std::vector<std::vector<long double>> change(static_cast<std::size_t>(rows)), output = change;
       for (index_t h = 0; h < heads; ++h) {
         head_norms.emplace_back();
+        const auto span = restkv::sequence(layer, b, h / (heads / layer.key.extent(1)));
         for (index_t i = 0; i < rows; ++i) {
           const auto query = row_of(layer.query[b][h][layer.query.extent(2) - rows + i]);
           const index_t end = span.begin + span.length - rows + i + 1;
