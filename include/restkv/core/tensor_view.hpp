@@ -170,8 +170,14 @@ class chunked_tensor_view {
     requires(std::is_same_v<const U, T> && !std::is_same_v<U, T>)
   constexpr chunked_tensor_view(const tensor_view<U, 4, Space>& whole) noexcept  // NOLINT(google-explicit-constructor)
       : single_(whole), count_(1) {}
-  /// `count` views, in token order.
-  constexpr chunked_tensor_view(const view_type* chunks, index_t count) noexcept : chunks_(chunks), count_(count) {}
+  /// `count` views, in token order. They are looked at once, so fill them in before.
+  constexpr chunked_tensor_view(const view_type* chunks, index_t count) noexcept : chunks_(chunks), count_(count) {
+    if (count < 2 || chunks[0].extents[2] <= 0) return;
+    for (index_t i = 1; i < count - 1; ++i) {
+      if (chunks[i].extents[2] != chunks[0].extents[2]) return;
+    }
+    equal_tokens_ = chunks[0].extents[2];
+  }
 
   /// Number of chunks; 0 where there is no tensor.
   [[nodiscard]] constexpr index_t chunks() const noexcept { return count_; }
@@ -192,7 +198,12 @@ class chunked_tensor_view {
 
   /// The chunk that holds token `token`, as a view whose token axis starts at that token.
   [[nodiscard]] constexpr view_type from_token(index_t token) const noexcept {
-    for (index_t i = 0; i < count_; ++i) {
+    index_t first = 0;
+    if (equal_tokens_ > 0) {
+      first = token / equal_tokens_ < count_ ? token / equal_tokens_ : count_ - 1;
+      token -= first * equal_tokens_;
+    }
+    for (index_t i = first; i < count_; ++i) {
       const view_type& part = chunk(i);
       if (token < part.extents[2]) return part.slice(2, token, part.extents[2] - token);
       token -= part.extents[2];
@@ -204,6 +215,7 @@ class chunked_tensor_view {
   view_type single_{};
   const view_type* chunks_ = nullptr;
   index_t count_ = 0;
+  index_t equal_tokens_ = 0;  // of every chunk but the last, where they agree: pages
 };
 
 }  // namespace restkv
