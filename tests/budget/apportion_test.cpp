@@ -12,14 +12,16 @@ using namespace restkv_test;
 
 namespace {
 
-std::vector<index_t> apportioned(const std::vector<double>& weights, const std::vector<index_t>& ceilings, index_t total) {
+std::vector<index_t> apportioned(const std::vector<double>& weights, const std::vector<index_t>& ceilings,
+                                 index_t total) {
   std::vector<index_t> counts(weights.size(), -99);
   restkv::apportion(weights, ceilings, total, counts);
   return counts;
 }
 
 /// One unit after the other to the largest weight / (count + 1/2), ties to the smaller index.
-std::vector<index_t> by_quotients(const std::vector<double>& weights, const std::vector<index_t>& ceilings, index_t total) {
+std::vector<index_t> by_quotients(const std::vector<double>& weights, const std::vector<index_t>& ceilings,
+                                  index_t total) {
   std::vector<index_t> counts(weights.size());
   for (; total > 0; --total) {
     std::size_t best = weights.size();
@@ -72,7 +74,15 @@ TEST_CASE("apportion is exact and within the ceilings whatever the weights") {
     std::vector<double> weights(size);
     std::vector<index_t> ceilings(size);
     for (std::size_t i = 0; i < size; ++i) {
-      const double kinds[] = {std::numeric_limits<double>::quiet_NaN(), infinity, -infinity, -1, 0, 1e308, 5e-324, 1, 1e-200,
+      const double kinds[] = {std::numeric_limits<double>::quiet_NaN(),
+                              infinity,
+                              -infinity,
+                              -1,
+                              0,
+                              1e308,
+                              5e-324,
+                              1,
+                              1e-200,
                               uniform_real(random, 0, 10)};
       weights[i] = kinds[pick(random, 0, 9)];
       ceilings[i] = pick(random, 0, 200);

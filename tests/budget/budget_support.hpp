@@ -96,8 +96,8 @@ std::vector<index_t> allocate(const Allocator& allocator, const budget_problem& 
   return counts;
 }
 
-/// Every count within [0, candidates of the head], all of them together what the layer keeps; no more than that where heads
-/// differ.
+/// Every count within [0, candidates of the head], all of them together what the layer keeps; no more than that where
+/// heads differ.
 template <class Allocator>
 void check_promises(const Allocator& allocator, const budget_problem& problem, const std::vector<index_t>& counts) {
   CAPTURE(problem.heads, problem.length, problem.candidates, problem.layer, problem.layers, counts);

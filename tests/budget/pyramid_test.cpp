@@ -92,7 +92,8 @@ TEST_CASE("the exact rounding adds up to the layers' total and stays on the ramp
 
 TEST_CASE("kvpress: the ramp is over the protected tokens too") {
   const auto kept = [](index_t length, index_t window, index_t layers, double ratio, float beta) {
-    const pyramid allocator{.budget = budget_size::keep_ratio(ratio), .beta = beta, .rounding = pyramid_rounding::kvpress};
+    const pyramid allocator{
+        .budget = budget_size::keep_ratio(ratio), .beta = beta, .rounding = pyramid_rounding::kvpress};
     std::vector<index_t> counts;
     budget_problem problem{.heads = 1, .length = length, .candidates = length - window, .layers = layers};
     for (problem.layer = 0; problem.layer < layers; ++problem.layer) {
@@ -126,7 +127,8 @@ TEST_CASE("kvpress: the ramp is over the protected tokens too") {
       total += count;
     }
     // The mean over the layers is the budget, apart from rounding.
-    CHECK(std::fabs(static_cast<double>(total) / static_cast<double>(layers) - ratio * static_cast<double>(length)) <= 0.51);
+    CHECK(std::fabs(static_cast<double>(total) / static_cast<double>(layers) - ratio * static_cast<double>(length)) <=
+          0.51);
     ramps += counts.front() > counts.back() + 1 ? 1 : 0;
   }
   CHECK(ramps > 300);
@@ -188,7 +190,8 @@ TEST_CASE("a pyramid of pages, and of heads that differ") {
 TEST_CASE("a plan for the longest sequence holds every shorter one") {
   random_engine random(4);
   for (int trial = 0; trial < 2000; ++trial) {
-    const pyramid_rounding roundings[] = {pyramid_rounding::exact, pyramid_rounding::released, pyramid_rounding::kvpress};
+    const pyramid_rounding roundings[] = {pyramid_rounding::exact, pyramid_rounding::released,
+                                          pyramid_rounding::kvpress};
     check_plan_holds(random, random_pyramid(random, roundings[pick(random, 0, 2)]));
   }
 }

@@ -63,10 +63,13 @@ TEST_CASE("head_kv is the published formula, its total exact") {
   for (int trial = 0; trial < 600; ++trial) {
     const budget_problem problem = random_model(random);
     table<float> importance(problem.layers, problem.heads);
-    for (float& value : importance.values) value = chance(random, 10) ? 0.0f : static_cast<float>(std::exp(normal(random)));
+    for (float& value : importance.values) {
+      value = chance(random, 10) ? 0.0f : static_cast<float>(std::exp(normal(random)));
+    }
     if (chance(random, 5)) std::fill(importance.values.begin(), importance.values.end(), 0.0f);
     const float betas[] = {1.0f, 1.005f, 1.01f, 2.0f, 10.0f};
-    const head_kv allocator{.budget = pick(random, 1, 200), .importance = importance.view(), .beta = betas[pick(random, 0, 4)]};
+    const head_kv allocator{
+        .budget = pick(random, 1, 200), .importance = importance.view(), .beta = betas[pick(random, 0, 4)]};
     const index_t mean = std::min(allocator.budget.tokens, problem.length) - problem.protected_tokens();
     if (mean < 0) continue;
     const auto counts = counts_of_model(allocator, problem);
@@ -75,11 +78,13 @@ TEST_CASE("head_kv is the published formula, its total exact") {
     CHECK(sum_of(counts) == heads * mean);
     double sum = 0;
     for (const float value : importance.values) sum += static_cast<double>(value);
-    const auto part = static_cast<double>(static_cast<index_t>(static_cast<double>(mean) / static_cast<double>(allocator.beta)));
+    const auto part =
+        static_cast<double>(static_cast<index_t>(static_cast<double>(mean) / static_cast<double>(allocator.beta)));
     bool fits = sum > 0;
     std::vector<double> shares;
     for (const float value : importance.values) {
-      shares.push_back(static_cast<double>(mean) - part + static_cast<double>(value) / sum * part * static_cast<double>(heads));
+      shares.push_back(static_cast<double>(mean) - part +
+                       static_cast<double>(value) / sum * part * static_cast<double>(heads));
       fits = fits && shares.back() <= static_cast<double>(problem.candidates);
     }
     for (std::size_t i = 0; i < counts.size(); ++i) {
@@ -89,7 +94,9 @@ TEST_CASE("head_kv is the published formula, its total exact") {
       }
       if (fits) CHECK(std::fabs(static_cast<double>(counts[i]) - shares[i]) < 1 + 1e-6);
       // A ceiling elsewhere only adds.
-      if (sum > 0) CHECK(static_cast<double>(counts[i]) > std::min(shares[i], static_cast<double>(problem.candidates)) - 1 - 1e-6);
+      if (sum > 0) {
+        CHECK(static_cast<double>(counts[i]) > std::min(shares[i], static_cast<double>(problem.candidates)) - 1 - 1e-6);
+      }
     }
     without_ceiling += fits ? 1 : 0;
   }
@@ -124,7 +131,9 @@ TEST_CASE("head_kv: a plan for the longest sequence holds every shorter one") {
                       .importance = tensor_view<const float, 2>(values.data(), {layers, 1}),
                       .beta = static_cast<float>(uniform_real(random, 1, 3))};
     if (chance(random, 30)) allocator.budget = budget_size::keep_ratio(uniform_real(random, 0.05, 1));
-    budget_problem longest{.heads = pick(random, 1, 4), .length = pick(random, 1, 400), .layer = pick(random, 0, layers - 1),
+    budget_problem longest{.heads = pick(random, 1, 4),
+                           .length = pick(random, 1, 400),
+                           .layer = pick(random, 0, layers - 1),
                            .layers = layers};
     const index_t fixed = pick(random, 0, std::min<index_t>(longest.length, 20));
     longest.candidates = longest.length - fixed;
@@ -157,7 +166,8 @@ TEST_CASE("budget_table: each head keeps what it is given, never less than what 
     const budget_problem& problem = made.problem;
     table<budget_size> budgets(problem.layers, chance(random, 30) ? 1 : problem.heads);
     for (budget_size& size : budgets.values) {
-      size = chance(random, 40) ? budget_size::keep_ratio(uniform_real(random, 0, 1)) : budget_size(pick(random, 0, 200));
+      size =
+          chance(random, 40) ? budget_size::keep_ratio(uniform_real(random, 0, 1)) : budget_size(pick(random, 0, 200));
     }
     const budget_table allocator{budgets.view()};
     REQUIRE(allocator.check().ok());
@@ -166,8 +176,9 @@ TEST_CASE("budget_table: each head keeps what it is given, never less than what 
     check_promises(allocator, problem, counts);
     for (index_t h = 0; h < problem.heads; ++h) {
       const budget_size& size = budgets(problem.layer, budgets.heads == 1 ? 0 : h);
-      const auto units = size.ratio > 0 ? static_cast<index_t>(std::floor(size.ratio * static_cast<double>(problem.length)))
-                                        : size.tokens / problem.unit;
+      const auto units = size.ratio > 0
+                             ? static_cast<index_t>(std::floor(size.ratio * static_cast<double>(problem.length)))
+                             : size.tokens / problem.unit;
       const index_t wanted = std::min(units, problem.length) - problem.protected_tokens();
       CAPTURE(problem.layer, h, size.tokens, size.ratio, problem.unit);
       CHECK(counts[static_cast<std::size_t>(h)] == std::clamp<index_t>(wanted, 0, problem.candidates_of(h)));
@@ -245,16 +256,21 @@ TEST_CASE("keep_bytes: the largest count whose bytes do not pass the limit") {
   CHECK(keep_bytes(131071, half).tokens == 0);
   CHECK_FALSE(restkv::ada_kv{.budget = keep_bytes(100, half)}.check().ok());
   CHECK(keep_bytes(std::numeric_limits<std::uint64_t>::max(), half).tokens == 2147483647);
-  // 4 bits: keys with a 2-byte scale and zero point a channel for each 32 tokens, values with 4 bytes for each of 4 groups.
+  // 4 bits: keys with a 2-byte scale and zero point a channel for each 32 tokens, values with 4 bytes for each of 4
+  // groups.
   const cache_bytes quantised{.layers = 2, .heads = 3, .head_dim = 64, .key_bits = 4, .value_bits = 4,
                               .token_scale_bytes = 16, .scale_group = 32, .group_scale_bytes = 64 * 4};
   CHECK(quantised.of(32) == 6 * (32 * (32 + 32 + 16) + 256));
   CHECK(quantised.of(33) == 6 * (33 * 80 + 512));
   random_engine random(4);
   for (int trial = 0; trial < 2000; ++trial) {
-    const cache_bytes cache{.layers = pick(random, 1, 40), .heads = pick(random, 1, 40), .head_dim = pick(random, 1, 200),
-                            .key_bits = pick(random, 1, 32), .value_bits = pick(random, 1, 32),
-                            .token_scale_bytes = pick(random, 0, 30), .scale_group = pick(random, 1, 64),
+    const cache_bytes cache{.layers = pick(random, 1, 40),
+                            .heads = pick(random, 1, 40),
+                            .head_dim = pick(random, 1, 200),
+                            .key_bits = pick(random, 1, 32),
+                            .value_bits = pick(random, 1, 32),
+                            .token_scale_bytes = pick(random, 0, 30),
+                            .scale_group = pick(random, 1, 64),
                             .group_scale_bytes = pick(random, 0, 500)};
     const auto bytes = static_cast<std::uint64_t>(pick(random, 0, 1'000'000'000));
     const index_t tokens = keep_bytes(bytes, cache).tokens;

@@ -26,7 +26,11 @@ namespace {
 std::deque<restkv_test::arranged_layer<float>> make_layers(index_t count) {
   std::deque<restkv_test::arranged_layer<float>> layers;
   for (index_t l = 0; l < count; ++l) {
-    layers.emplace_back(restkv_test::layer_sizes{.query_heads = 4, .kv_heads = 2, .head_dim = 8, .tokens = 90, .hidden = 16,
+    layers.emplace_back(restkv_test::layer_sizes{.query_heads = 4,
+                                                 .kv_heads = 2,
+                                                 .head_dim = 8,
+                                                 .tokens = 90,
+                                                 .hidden = 16,
                                                  .sharpness = 1.0 + 0.5 * static_cast<double>(l)},
                         static_cast<unsigned>(l));
   }
@@ -99,7 +103,8 @@ TEST_CASE("a model's layers while they come in", "[docs]") {
 
   for (index_t l = 0; l < layers; ++l) {
     // ... layer l is prefilled: its queries, keys and values are there.
-    restkv::throw_if_failed(selection.add_layer(backend, model[static_cast<std::size_t>(l)].view(), restkv::workspace(scratch)));
+    restkv::throw_if_failed(
+        selection.add_layer(backend, model[static_cast<std::size_t>(l)].view(), restkv::workspace(scratch)));
     for (index_t i = 0; i <= l; ++i) {
       if (!selection.evicted(i)) continue;  // nothing to move in this layer
       auto& cache = model[static_cast<std::size_t>(i)];
@@ -149,13 +154,15 @@ TEST_CASE("the smallest cache within a bound", "[docs]") {
                                         .spatial = restkv::no_pool{}};
   policy.budget.budget = restkv::budget_size::keep_ratio(1.0);
   restkv::error_bounded_selection chosen;
-  restkv::throw_if_failed(chosen.run(backend, policy, std::span<const restkv::layer_view<float>>(layers), {.bound = 0.05}));
+  restkv::throw_if_failed(
+      chosen.run(backend, policy, std::span<const restkv::layer_view<float>>(layers), {.bound = 0.05}));
   for (index_t l = 0; l < chosen.layers(); ++l) {
     const index_t tokens = chosen.tokens(l);  // the smallest number along the policy's ranking
     const double error = chosen.error(l);     // exact, at most 0.05
     //! [error_bounded]
     CHECK(error <= 0.05);
-    CHECK(error == restkv::output_error(backend, chosen.kept(l), layers[static_cast<std::size_t>(l)], 32).mean_relative());
+    CHECK(error ==
+          restkv::output_error(backend, chosen.kept(l), layers[static_cast<std::size_t>(l)], 32).mean_relative());
     CHECK(tokens < 180);
   }
 }

@@ -38,7 +38,8 @@ struct ranked {
     heads = plan.heads;
     std::vector<std::byte> memory(plan.workspace_bytes);
     const std::array extents{plan.shape.batch, plan.heads, plan.shape.tokens};
-    std::vector<double> score(static_cast<std::size_t>(extents[0] * extents[1] * extents[2])), smoothed(score), drift(score);
+    std::vector<double> score(static_cast<std::size_t>(extents[0] * extents[1] * extents[2])), smoothed(score),
+        drift(score);
     const selection_details<double> details{{score.data(), extents}, {smoothed.data(), extents},
                                             {drift.data(), {extents[0], extents[1]}}};
     kept_tokens kept;
@@ -168,9 +169,12 @@ TEST_CASE("bounds at the ends: nothing but what is protected, and everything tha
   CHECK(chosen.evaluations() <= 8);  // 62 candidates
   REQUIRE(chosen.run(backend, policy, std::span<const layer_view<float>>{}, {}).ok());
   CHECK(chosen.layers() == 0);
-  check_error(chosen.run(backend, policy, std::span(&layer, 1), {.bound = -1}), errc::invalid_argument, {-1, 0}, "bound");
-  check_error(chosen.run(backend, policy, std::span(&layer, 1), {.queries = 0}), errc::invalid_argument, {0, 1}, "queries");
-  check_error(chosen.run(backend, policy, std::span(&layer, 1), {.least = -2}), errc::invalid_argument, {-2, 0}, "least");
+  check_error(chosen.run(backend, policy, std::span(&layer, 1), {.bound = -1}), errc::invalid_argument, {-1, 0},
+              "bound");
+  check_error(chosen.run(backend, policy, std::span(&layer, 1), {.queries = 0}), errc::invalid_argument, {0, 1},
+              "queries");
+  check_error(chosen.run(backend, policy, std::span(&layer, 1), {.least = -2}), errc::invalid_argument, {-2, 0},
+              "least");
 }
 
 TEST_CASE("one bound for a model: the mean of the layers' errors, not with one unit less") {
@@ -238,7 +242,8 @@ TEST_CASE("a recorded prompt within 1, 5 and 10 per cent") {
   double tokens_before = 1e9;
   for (const double bound : {0.01, 0.05, 0.1}) {
     error_bounded_selection chosen;
-    REQUIRE(chosen.run(backend, policy, std::span<const layer_view<float>>(&layer, 1), {.bound = bound, .queries = 16}).ok());
+    REQUIRE(chosen.run(backend, policy, std::span<const layer_view<float>>(&layer, 1), {.bound = bound, .queries = 16})
+                .ok());
     const double window = output_error(backend, chosen.kept(0), layer, 16).mean_relative();
     const double later = future_error(backend, chosen.kept(0), layer, future).mean_relative();
     CAPTURE(bound, window, later, chosen.tokens(0));

@@ -160,8 +160,10 @@ std::vector<layer_model> model_of(const Policy& policy, const layer_view<float>&
   return made;
 }
 
-/// Divides by giving one unit after the other to the largest weight / (count + 1/2); weights of 0 when no other wants more.
-std::vector<index_t> by_quotients(const std::vector<double>& weights, const std::vector<index_t>& ceilings, index_t total) {
+/// Divides by giving one unit after the other to the largest weight / (count + 1/2); weights of 0 when no other wants
+/// more.
+std::vector<index_t> by_quotients(const std::vector<double>& weights, const std::vector<index_t>& ceilings,
+                                  index_t total) {
   std::vector<index_t> counts(weights.size());
   const auto give = [&](bool to_zero) {
     std::size_t best = weights.size();
@@ -219,10 +221,12 @@ double entropy_of_scores(const layer_model& layer) {
 
 /// What layers 0 .. m of one sequence keep, chosen at once. Row l * rows + h -> units.
 template <class Budget>
-std::map<index_t, unit_set> choose_at_once(const std::vector<layer_model>& layers, const Budget& budget, index_t all_layers,
-                                           index_t unit, index_t protected_by_policy) {
+std::map<index_t, unit_set> choose_at_once(const std::vector<layer_model>& layers, const Budget& budget,
+                                           index_t all_layers, index_t unit, index_t protected_by_policy) {
   const index_t rows = std::ssize(layers[0].rows);
-  const auto fixed_of = [](const layer_model::row& row) { return std::count(row.fixed.begin(), row.fixed.end(), true); };
+  const auto fixed_of = [](const layer_model::row& row) {
+    return std::count(row.fixed.begin(), row.fixed.end(), true);
+  };
   const auto longest = *std::max_element(layers[0].rows.begin(), layers[0].rows.end(),
                                          [](const auto& a, const auto& b) { return a.units < b.units; });
   const index_t per_head = budget.budget.ratio > 0
@@ -310,8 +314,8 @@ std::vector<index_t> row_of(const kept_tokens& kept, index_t b, index_t h) {
   return row;
 }
 
-/// Adds every layer; after each compares all of them with a choice at once, by position and by slot. False where the plan
-/// or a layer refused.
+/// Adds every layer; after each compares all of them with a choice at once, by position and by slot. False where the
+/// plan or a layer refused.
 template <class Policy, class Budget>
 bool check_cascade(const Policy& policy, const Budget& budget, const random_model& model, index_t& evicted) {
   reference_backend backend;
@@ -360,7 +364,9 @@ bool check_cascade(const Policy& policy, const Budget& budget, const random_mode
             std::iota(cache.begin(), cache.end(), index_t{0});
           }
           std::vector<index_t> compacted;
-          for (const index_t slot : row_of(selection.slots(k), b, h)) compacted.push_back(cache.at(static_cast<std::size_t>(slot)));
+          for (const index_t slot : row_of(selection.slots(k), b, h)) {
+            compacted.push_back(cache.at(static_cast<std::size_t>(slot)));
+          }
           CHECK(compacted == tokens);
           if (k < l && !selection.evicted(k)) CHECK(compacted == cache);
           cache = compacted;
@@ -389,7 +395,8 @@ Policy random_policy(random_engine& random) {
 }
 
 budget_size random_size(random_engine& random, index_t tokens) {
-  return chance(random, 30) ? budget_size::keep_ratio(uniform_real(random, 0.2, 1)) : budget_size(pick(random, 6, tokens + 5));
+  return chance(random, 30) ? budget_size::keep_ratio(uniform_real(random, 0.2, 1))
+                            : budget_size(pick(random, 6, tokens + 5));
 }
 
 random_model random_layers(random_engine& random, int kind) {
@@ -399,11 +406,15 @@ random_model random_layers(random_engine& random, int kind) {
   if (kind == 1) {  // masks
     for (index_t i = 0; i < sizes.batch * sizes.tokens; ++i) model.mask.push_back(chance(random, 10) ? 1 : 0);
   } else if (kind == 2) {  // padding
-    for (index_t b = 0; b < sizes.batch; ++b) model.lengths.push_back(static_cast<std::int32_t>(pick(random, 0, sizes.tokens)));
+    for (index_t b = 0; b < sizes.batch; ++b) {
+      model.lengths.push_back(static_cast<std::int32_t>(pick(random, 0, sizes.tokens)));
+    }
     model.pad = chance(random, 50) ? padding::left : padding::right;
   } else if (kind == 3) {  // heads of different lengths
     std::vector<std::int32_t> head_lengths;
-    for (index_t i = 0; i < sizes.batch * 2; ++i) head_lengths.push_back(static_cast<std::int32_t>(pick(random, 0, sizes.tokens)));
+    for (index_t i = 0; i < sizes.batch * 2; ++i) {
+      head_lengths.push_back(static_cast<std::int32_t>(pick(random, 0, sizes.tokens)));
+    }
     for (index_t l = 0; l < model.count(); ++l) model.head_lengths.push_back(head_lengths);
   }
   return model;
@@ -444,7 +455,8 @@ TEST_CASE("LAVa: layers by entropy, heads by competition") {
 
 TEST_CASE("global: one competition of all layers and heads") {
   check_many<cake_policy>(3, [](random_engine& random, index_t tokens) {
-    return global_budget{.budget = random_size(random, tokens), .least = pick(random, 0, 2), .normalise = chance(random, 50)};
+    return global_budget{
+        .budget = random_size(random, tokens), .least = pick(random, 0, 2), .normalise = chance(random, 50)};
   });
 }
 
@@ -485,7 +497,9 @@ TEST_CASE("32 layers: the model never holds more than its budget, and all of it 
     }
     const int allocated = allocations - before_run;
     CHECK(allocated == 0);
-    for (std::size_t i = 0; i < 64; ++i) CHECK(selection.length(static_cast<index_t>(i) / 2, 0, static_cast<index_t>(i) % 2) == before[i]);
+    for (std::size_t i = 0; i < 64; ++i) {
+      CHECK(selection.length(static_cast<index_t>(i) / 2, 0, static_cast<index_t>(i) % 2) == before[i]);
+    }
     return before;
   };
   cake_policy cake;
@@ -563,8 +577,9 @@ TEST_CASE("LAVa's score is the pooled attention times the head's largest value")
       for (std::size_t n = 0; n < 32; ++n) most[n] = std::max(most[n], means[n]);
     }
     for (std::size_t n = 0; n < 32; ++n) {
-      const double pooled = *std::max_element(most.begin() + static_cast<std::ptrdiff_t>(n < 3 ? 0 : n - 3),
-                                              most.begin() + static_cast<std::ptrdiff_t>(std::min<std::size_t>(32, n + 4)));
+      const double pooled =
+          *std::max_element(most.begin() + static_cast<std::ptrdiff_t>(n < 3 ? 0 : n - 3),
+                            most.begin() + static_cast<std::ptrdiff_t>(std::min<std::size_t>(32, n + 4)));
       CHECK(model[0].rows[static_cast<std::size_t>(kv)].score[n] == Approx(pooled * largest).epsilon(1e-12));
     }
   }
@@ -625,7 +640,8 @@ TEST_CASE("a model that cannot be planned says why") {
   check_error(planned(cake_budget{.budget = 20, .least = -1}), errc::invalid_argument, {-1, 0}, "cake_budget.least");
   check_error(planned(cake_budget{.budget = 20, .entropy_temperature = 0}), errc::invalid_argument, {0}, "temperature");
   check_error(planned(lava_budget{.budget = 0}), errc::invalid_argument, {0, 1}, "lava_budget");
-  check_error(planned(global_budget{.budget = budget_size::keep_ratio(2)}), errc::invalid_argument, {2}, "global_budget");
+  check_error(planned(global_budget{.budget = budget_size::keep_ratio(2)}), errc::invalid_argument, {2},
+              "global_budget");
   eviction_policy<streaming_llm, mean, no_pool, uniform> without_window;
   model_plan<decltype(without_window), cake_budget> of_positions;
   check_error(make_model_plan(backend, without_window, cake_budget{.budget = 64}, shape, of_positions),

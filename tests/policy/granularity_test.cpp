@@ -1,6 +1,5 @@
-// SPDX-License-Identifier: Apache-2.0
-// Pages, chunks and shared sets through `select`, against a model that knows nothing but the smoothed scores: whole units,
-// exact totals, what is protected, heads of different lengths.
+// SPDX-License-Identifier: Apache-2.0 Pages, chunks and shared sets through `select`, against a model that knows
+// nothing but the smoothed scores: whole units, exact totals, what is protected, heads of different lengths.
 #include "policy/selection_support.hpp"
 
 #include <restkv/reference/backend.hpp>
@@ -28,7 +27,8 @@ struct page_layer : random_layer<float> {
   page_layer(random_engine& random, const layer_recipe& recipe, bool ragged) : random_layer<float>(random, recipe) {
     if (!ragged) return;
     for (index_t i = 0; i < recipe.batch * recipe.kv_heads; ++i) {
-      head_lengths.push_back(static_cast<std::int32_t>(chance(random, 20) ? recipe.tokens : pick(random, 0, recipe.tokens)));
+      head_lengths.push_back(
+          static_cast<std::int32_t>(chance(random, 20) ? recipe.tokens : pick(random, 0, recipe.tokens)));
     }
     view().head_lengths = {head_lengths.data(), {recipe.batch, recipe.kv_heads}};
     view().lengths = {};
@@ -112,7 +112,8 @@ page_policy random_page_policy(random_engine& random, index_t tokens) {
   policy.window = pick(random, 1, 8);
   policy.protect = {.sink = pick(random, 0, 5), .recent = pick(random, 0, 10)};
   policy.spatial.width = chance(random, 50) ? 1 : 3;
-  policy.granularity = {.tokens = pick(random, 1, 9), .reduce = chance(random, 50) ? unit_reduce::mean : unit_reduce::maximum};
+  policy.granularity = {.tokens = pick(random, 1, 9),
+                        .reduce = chance(random, 50) ? unit_reduce::mean : unit_reduce::maximum};
   constexpr group_reduce groups[] = {group_reduce::none, group_reduce::mean, group_reduce::max, group_reduce::sum,
                                      group_reduce::l2};
   policy.group = groups[pick(random, 0, 4)];

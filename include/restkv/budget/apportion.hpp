@@ -72,11 +72,11 @@ void apportion_positive(const Weight& weight, std::span<const index_t> ceilings,
 }  // namespace detail
 
 /// Divides `total` among shares in proportion to their weights by the divisor method with standard rounding
-/// (Sainte-Lague), share i at most ceilings[i]: counts[i] is about weight / x rounded to the nearest number, with one x for all.
-/// The counts add up to `total`, or to all ceilings where those are less. Unlike largest remainders it is monotone: when a
-/// share joins, or the total falls, no other share rises, so that what was evicted is never wanted back. Ties go to
-/// the smaller index. Weights that are 0, negative or not numbers get what is left by the others, evenly; infinite ones count
-/// as the largest number. Cost: O(n^2); allocates nothing.
+/// (Sainte-Lague), share i at most ceilings[i]: counts[i] is about weight / x rounded to the nearest number, with one x
+/// for all. The counts add up to `total`, or to all ceilings where those are less. Unlike largest remainders it is
+/// monotone: when a share joins, or the total falls, no other share rises, so that what was evicted is never wanted
+/// back. Ties go to the smaller index. Weights that are 0, negative or not numbers get what is left by the others,
+/// evenly; infinite ones count as the largest number. Cost: O(n^2); allocates nothing.
 inline void apportion(std::span<const double> weights, std::span<const index_t> ceilings, index_t total,
                       std::span<index_t> counts) noexcept {
   double largest = 0;

@@ -14,8 +14,8 @@
 
 namespace restkv {
 
-/// One sequence of one layer, as an allocator sees it. Everything is counted in units of eviction: tokens, or chunks and
-/// pages of `unit` tokens (`granularity`).
+/// One sequence of one layer, as an allocator sees it. Everything is counted in units of eviction: tokens, or chunks
+/// and pages of `unit` tokens (`granularity`).
 struct budget_problem {
   index_t heads = 0;       ///< rows of the layer's kept set
   index_t length = 0;      ///< units of the sequence, of the longest head where heads differ
@@ -23,8 +23,8 @@ struct budget_problem {
   index_t layer = 0;       ///< index of the layer
   index_t layers = 1;      ///< layers of the model
   index_t unit = 1;        ///< tokens of a unit
-  /// Candidates of each head, [heads]; empty where all have `candidates`. Heads differ in a cache that was compacted with
-  /// a budget for each.
+  /// Candidates of each head, [heads]; empty where all have `candidates`. Heads differ in a cache that was compacted
+  /// with a budget for each.
   std::span<const index_t> head_candidates{};
 
   /// Units per head that are kept whatever the budget.
@@ -119,8 +119,8 @@ concept allocates_by_keys = requires(const A& allocator, const budget_problem& p
 /// together keep, where that is no multiple of the heads; tokens_per_head is then the mean rounded down. One that reads
 /// a table of the model may have `check(problem)`, a status that says what does not fit; `select` asks for it.
 ///
-/// `keys` are order keys of the smoothed scores, uint32 for float and uint64 for double, [heads, length]; 0 where a token
-/// is protected or may not be chosen. All numbers are in the problem's units.
+/// `keys` are order keys of the smoothed scores, uint32 for float and uint64 for double, [heads, length]; 0 where a
+/// token is protected or may not be chosen. All numbers are in the problem's units.
 template <class A>
 concept budget_allocator = detail::has_tokens_per_head<A> && detail::has_most_per_head<A> &&
                            detail::allocates_by_keys<A, std::uint32_t> && detail::allocates_by_keys<A, std::uint64_t>;

@@ -7,10 +7,10 @@
 
 namespace restkv {
 
-/// Head h of layer l keeps budgets(l, h): a count of tokens or a part of the sequence, protected ones included. Profiles of
-/// a model (LU-KV, arXiv 2602.08585, after its offline search), per-layer ratios, schedules of any kind. A head whose
-/// budget is below the protected tokens keeps those; a budget beyond its tokens keeps all. Where one row stands for
-/// several heads of the table it keeps their mean, rounded down.
+/// Head h of layer l keeps budgets(l, h): a count of tokens or a part of the sequence, protected ones included.
+/// Profiles of a model (LU-KV, arXiv 2602.08585, after its offline search), per-layer ratios, schedules of any kind. A
+/// head whose budget is below the protected tokens keeps those; a budget beyond its tokens keeps all. Where one row
+/// stands for several heads of the table it keeps their mean, rounded down.
 ///
 /// The totals are the table's: nothing is moved between heads. Cost: heads.
 struct budget_table {
@@ -50,11 +50,11 @@ struct budget_table {
       for (index_t h = 0; h < table.extent(1); ++h) {
         const budget_size& size = table(l, h);
         if (size.tokens >= 0 && size.ratio >= 0.0 && size.ratio <= 1.0) continue;
-        return status::error(errc::invalid_argument,
-                             "budget_table.budgets(%lld, %lld) is %lld tokens and a ratio of %g: must be at least 0 and "
-                             "within [0, 1]",
-                             static_cast<long long>(l), static_cast<long long>(h), static_cast<long long>(size.tokens),
-                             size.ratio);
+        return status::error(
+            errc::invalid_argument,
+            "budget_table.budgets(%lld, %lld) is %lld tokens and a ratio of %g: must be at least 0 and "
+            "within [0, 1]",
+            static_cast<long long>(l), static_cast<long long>(h), static_cast<long long>(size.tokens), size.ratio);
       }
     }
     return {};

@@ -7,10 +7,11 @@
 
 namespace restkv {
 
-/// Retrieval heads and streaming heads (DuoAttention, arXiv 2410.10819): where retrieval_heads(l, h) is not 0 the head keeps
-/// `retrieval`, by default all its tokens; the others keep `streaming`, by default nothing but what the policy protects.
-/// With protection{.sink = 128, .recent = 256} that is the published pattern; any score may choose what a head keeps
-/// beyond the protected tokens. One row that stands for several heads of the table retrieves where any of them does.
+/// Retrieval heads and streaming heads (DuoAttention, arXiv 2410.10819): where retrieval_heads(l, h) is not 0 the head
+/// keeps `retrieval`, by default all its tokens; the others keep `streaming`, by default nothing but what the policy
+/// protects. With protection{.sink = 128, .recent = 256} that is the published pattern; any score may choose what a
+/// head keeps beyond the protected tokens. One row that stands for several heads of the table retrieves where any of
+/// them does.
 ///
 /// Plan for a dense cache with care: one retrieval head makes a layer's capacity the whole sequence. Cost: heads.
 struct duo_attention {

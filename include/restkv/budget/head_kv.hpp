@@ -7,8 +7,8 @@
 
 namespace restkv {
 
-/// Budgets over all layers and heads by head importance (HeadKV, arXiv 2410.19258). With m = budget - protected tokens and
-/// part = floor(m / beta), head h of layer l chooses
+/// Budgets over all layers and heads by head importance (HeadKV, arXiv 2410.19258). With m = budget - protected tokens
+/// and part = floor(m / beta), head h of layer l chooses
 ///
 ///     m - part + importance(l, h) / sum of importance * part * layers * heads
 ///
@@ -31,8 +31,8 @@ struct head_kv {
     if (wanted < problem.protected_tokens()) return wanted;
     return problem.protected_tokens() + chosen_in_layer(problem) / std::max<index_t>(problem.heads, 1);
   }
-  /// The shorter the sequences, the more heads give what they cannot take to the others: a head's share is largest where
-  /// it reaches the end itself. Found by bisection. Heads below the mean may be asked for the mean, where more is
+  /// The shorter the sequences, the more heads give what they cannot take to the others: a head's share is largest
+  /// where it reaches the end itself. Found by bisection. Heads below the mean may be asked for the mean, where more is
   /// protected than planned.
   [[nodiscard]] index_t most_per_head(const budget_problem& problem) const noexcept {
     head_kv planned = *this;

@@ -69,8 +69,8 @@ struct cache_bytes {
 
 /// The largest count of tokens per head with which a cache takes no more than `bytes`: cache.of(tokens) <= bytes <
 /// cache.of(tokens + 1). Allocators that move tokens between heads keep their number, hence the bytes (up to a group of
-/// scales that is begun a head). 0 tokens, which every allocator's `check` refuses, where not even one fits or `cache` does
-/// not pass its check.
+/// scales that is begun a head). 0 tokens, which every allocator's `check` refuses, where not even one fits or `cache`
+/// does not pass its check.
 [[nodiscard]] inline budget_size keep_bytes(std::uint64_t bytes, const cache_bytes& cache) noexcept {
   if (!cache.check().ok()) return budget_size(0);
   index_t fits = 0;

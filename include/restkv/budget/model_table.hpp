@@ -7,8 +7,8 @@
 
 namespace restkv {
 
-/// A table [layers, heads] of the caller's, which must live as long as what reads it. The rows of a kept set need not be
-/// the table's heads: several heads of the table are taken together where the kept set has fewer (a table of query
+/// A table [layers, heads] of the caller's, which must live as long as what reads it. The rows of a kept set need not
+/// be the table's heads: several heads of the table are taken together where the kept set has fewer (a table of query
 /// heads, a set per KV head, or one that all heads share), and one head counts for several rows where it has more (one
 /// column: the same for all heads of a layer).
 template <class T>
@@ -22,7 +22,8 @@ struct model_table {
   constexpr model_table(const tensor_view<const T, 2>& view) noexcept  // NOLINT(google-explicit-constructor)
       : values(view) {}
   /// The same of elements that may be written.
-  constexpr model_table(const tensor_view<T, 2>& view) noexcept : values(view) {}  // NOLINT(google-explicit-constructor)
+  constexpr model_table(const tensor_view<T, 2>& view) noexcept
+      : values(view) {}  // NOLINT(google-explicit-constructor)
 
   /// The table's heads that row h of `rows` stands for: [first, first + count).
   struct columns {

@@ -32,8 +32,8 @@ struct error_bounded {
   error_statistic statistic = error_statistic::mean;  ///< see error_statistic
   index_t queries = 32;                              ///< the last queries of a layer, all where it has fewer
   index_t least = 0;                                 ///< units that every head keeps besides the protected ones
-  /// scope::model: scores count relative to the norm of their layer's output, as the errors do. For scores that are changes of
-  /// the output (`rest_kv`); for others their plain size may rank layers better.
+  /// scope::model: scores count relative to the norm of their layer's output, as the errors do. For scores that are
+  /// changes of the output (`rest_kv`); for others their plain size may rank layers better.
   bool relative_to_output = true;
 
   /// Fails on a bound that is negative or not a number, on no queries and on a negative `least`.
@@ -54,14 +54,15 @@ struct error_bounded {
 };
 
 /// Chooses the smallest cache within a bound, along a policy's ranking: the candidates of a layer (of all layers, with
-/// error_scope::model) are put in the order of their scores, all heads and sequences together, and the first n of them are
-/// kept besides the protected ones. n is found by bracketing: the exact set error (`output_error`) of what is returned was
-/// computed and is within the bound, and that of one unit less was computed and is beyond it. Errors need not fall with every
-/// token, so a smaller n within the bound may exist where they do not; sets off the ranking may be smaller too.
+/// error_scope::model) are put in the order of their scores, all heads and sequences together, and the first n of them
+/// are kept besides the protected ones. n is found by bracketing: the exact set error (`output_error`) of what is
+/// returned was computed and is within the bound, and that of one unit less was computed and is beyond it. Errors need
+/// not fall with every token, so a smaller n within the bound may exist where they do not; sets off the ranking may be
+/// smaller too.
 ///
-/// The policy's own budget does not limit anything; it is what an adaptive window and rescorers with `keep` reckon with.
-/// Owns its memory and allocates, as `output_error` does with every trial, of which there are about log2(candidates), three times
-/// that at most. The result does not depend on the number of threads.
+/// The policy's own budget does not limit anything; it is what an adaptive window and rescorers with `keep` reckon
+/// with. Owns its memory and allocates, as `output_error` does with every trial, of which there are about
+/// log2(candidates), three times that at most. The result does not depend on the number of threads.
 class error_bounded_selection {
  public:
   /// Layers of the last successful run.
@@ -83,8 +84,8 @@ class error_bounded_selection {
   /// Computations of output_error that the last run took.
   [[nodiscard]] index_t evaluations() const noexcept { return evaluations_; }
 
-  /// Selects for `layers`, the model's from the first on or some of them. Errors, with nothing changed: those of `make_plan`,
-  /// `select` and `output_error`.
+  /// Selects for `layers`, the model's from the first on or some of them. Errors, with nothing changed: those of
+  /// `make_plan`, `select` and `output_error`.
   template <tensor_backend Backend, class Policy, element T>
   [[nodiscard]] status run(Backend& backend, const Policy& policy, std::span<const layer_view<T>> layers,
                            const error_bounded& bound) {
@@ -136,8 +137,8 @@ class error_bounded_selection {
 
   /// Appends a layer's candidates to `order`, and notes what is kept in any case.
   template <class Backend, class Policy, element T>
-  [[nodiscard]] status rank(Backend& backend, const Policy& policy, std::span<const layer_view<T>> layers, std::size_t l,
-                            const error_bounded& bound, std::vector<candidate>& order) {
+  [[nodiscard]] status rank(Backend& backend, const Policy& policy, std::span<const layer_view<T>> layers,
+                            std::size_t l, const error_bounded& bound, std::vector<candidate>& order) {
     using real = typename Backend::score_type;
     const layer_view<T>& layer = layers[l];
     const auto count = static_cast<index_t>(layers.size());
@@ -149,34 +150,37 @@ class error_bounded_selection {
     }
     std::vector<std::byte> memory(made.workspace_bytes);
     workspace space(memory.data(), memory.size());
-    return detail::with_selection_run(backend, made, layer, space, nullptr, [&](auto& run, const auto& weigh) -> status {
-      RESTKV_RETURN_IF_FAILED(run.rank_all(weigh));
-      layer_result& result = layers_[l];
-      result.kept = owned_kept_tokens(made.shape.batch, made.heads, made.shape.tokens);
-      result.unit = policy.granularity.tokens;
-      result.rows = made.rows;
-      result.copies = made.heads / std::max<index_t>(made.rows, 1);
-      for (index_t row = 0; row < run.rows(); ++row) {
-        const auto keys = run.keys_of(row);
-        result.spans.push_back(run.problem_of(row).span);
-        std::vector<std::uint8_t>& held = result.held.emplace_back(keys.size());
-        const auto pivot = find_pivot(tensor_view<const order_key_t<real>, 2>(keys.data(), {1, std::ssize(keys)}),
-                                      std::min<index_t>(bound.least, std::ssize(keys)));
-        index_t equal_left = pivot.equal;
-        for (std::size_t u = 0; u < keys.size(); ++u) {
-          held[u] = keys[u] == excluded_key || keys[u] > pivot.key || (keys[u] == pivot.key && equal_left-- > 0) ? 1 : 0;
-          if (held[u] != 0) continue;
-          const double score = static_cast<double>(score_of_key<real>(keys[u]));
-          order.push_back({order_key(score * scale), l, row, static_cast<index_t>(u)});
-        }
-      }
-      return {};
-    });
+    return detail::with_selection_run(
+        backend, made, layer, space, nullptr, [&](auto& run, const auto& weigh) -> status {
+          RESTKV_RETURN_IF_FAILED(run.rank_all(weigh));
+          layer_result& result = layers_[l];
+          result.kept = owned_kept_tokens(made.shape.batch, made.heads, made.shape.tokens);
+          result.unit = policy.granularity.tokens;
+          result.rows = made.rows;
+          result.copies = made.heads / std::max<index_t>(made.rows, 1);
+          for (index_t row = 0; row < run.rows(); ++row) {
+            const auto keys = run.keys_of(row);
+            result.spans.push_back(run.problem_of(row).span);
+            std::vector<std::uint8_t>& held = result.held.emplace_back(keys.size());
+            const auto pivot = find_pivot(tensor_view<const order_key_t<real>, 2>(keys.data(), {1, std::ssize(keys)}),
+                                          std::min<index_t>(bound.least, std::ssize(keys)));
+            index_t equal_left = pivot.equal;
+            for (std::size_t u = 0; u < keys.size(); ++u) {
+              held[u] =
+                  keys[u] == excluded_key || keys[u] > pivot.key || (keys[u] == pivot.key && equal_left-- > 0) ? 1 : 0;
+              if (held[u] != 0) continue;
+              const double score = static_cast<double>(score_of_key<real>(keys[u]));
+              order.push_back({order_key(score * scale), l, row, static_cast<index_t>(u)});
+            }
+          }
+          return {};
+        });
   }
 
   /// 1 / the root of the sum of squares of the layer's output norms; 1 where that is 0.
   template <class Backend, element T>
-  [[nodiscard]] status scale_of(Backend& backend, const layer_view<T>& layer, const error_bounded& bound, double& scale) {
+  [[nodiscard]] status scale_of(Backend& backend, const layer_view<T>& layer, const error_bounded& bound,
+                                double& scale) {
     owned_kept_tokens everything(layer.key.extent(0), layer.key.extent(1), layer.key.extent(2));
     const kept_tokens all = everything.kept();
     for (index_t b = 0; b < all.batch(); ++b) {
@@ -210,8 +214,9 @@ class error_bounded_selection {
     double error_beyond = 0;  // 0: not known
     double error_within = 0;  // 0: nothing changes, or not known
 
-    /// A number strictly inside. Errors fall about exponentially: where both are known, by their logarithms; then a step as
-    /// wide as the last, doubled, from the end that was hit twice in a row, so that the ends meet; each third trial halves.
+    /// A number strictly inside. Errors fall about exponentially: where both are known, by their logarithms; then a
+    /// step as wide as the last, doubled, from the end that was hit twice in a row, so that the ends meet; each third
+    /// trial halves.
     [[nodiscard]] index_t next(double bound, index_t trial, index_t repeats, bool last_within) const noexcept {
       const index_t half = beyond + (within - beyond) / 2;
       if (!(error_beyond > 0) || !(error_within > 0) || !(bound > 0) || trial % 3 == 2) return half;
@@ -227,8 +232,8 @@ class error_bounded_selection {
 
   /// Finds how many of `order` to keep for layers [begin, end).
   template <class Backend, element T>
-  [[nodiscard]] status search(Backend& backend, std::span<const layer_view<T>> layers, std::size_t begin, std::size_t end,
-                              const error_bounded& bound, const std::vector<candidate>& order) {
+  [[nodiscard]] status search(Backend& backend, std::span<const layer_view<T>> layers, std::size_t begin,
+                              std::size_t end, const error_bounded& bound, const std::vector<candidate>& order) {
     bracket ends;
     ends.within = std::ssize(order);  // nothing is evicted
     index_t repeats = 0;

@@ -7,8 +7,9 @@
 
 namespace restkv {
 
-/// One competition of all scores of all layers and heads (LaProx, arXiv 2605.07234; Layer-DefensiveKV, arXiv 2510.13334). With
-/// `normalise` a layer's scores count as shares of their sum, for scores whose size differs from layer to layer.
+/// One competition of all scores of all layers and heads (LaProx, arXiv 2605.07234; Layer-DefensiveKV, arXiv
+/// 2510.13334). With `normalise` a layer's scores count as shares of their sum, for scores whose size differs from
+/// layer to layer.
 struct global_budget {
   budget_size budget{};   ///< mean over all layers and heads
   index_t least = 0;      ///< candidates that every head keeps

@@ -15,8 +15,8 @@ namespace restkv::detail {
 template <std::unsigned_integral Key>
 inline constexpr Key held_key = static_cast<Key>(~Key(0));
 
-/// The kept units of one sequence in all layers that came in, row by row: row l * rows + h is head h of layer l. Rows lie
-/// behind each other, units ascend. Nothing is ever added to a row that was closed.
+/// The kept units of one sequence in all layers that came in, row by row: row l * rows + h is head h of layer l. Rows
+/// lie behind each other, units ascend. Nothing is ever added to a row that was closed.
 template <std::unsigned_integral Key>
 class kept_pool {
  public:
@@ -84,8 +84,8 @@ class kept_pool {
     read_ = 0;
     kept_ = 0;
   }
-  /// Keeps the `count` best candidates of rows [done, end) together, ties to the smaller row and unit, and whatever is held
-  /// for good. `fresh` is the first row whose slots stay units. Cost: a `find_pivot` and a pass over these rows.
+  /// Keeps the `count` best candidates of rows [done, end) together, ties to the smaller row and unit, and whatever is
+  /// held for good. `fresh` is the first row whose slots stay units. Cost: a `find_pivot` and a pass over these rows.
   void keep_best(index_t end, index_t count, index_t fresh) noexcept {
     const auto pivot = pivot_of(read_, first_[end], count);
     index_t equal_left = pivot.equal;

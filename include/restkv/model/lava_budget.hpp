@@ -8,8 +8,8 @@
 namespace restkv {
 
 /// Layers by the entropy of their scores, heads by competition (LAVa, arXiv 2509.09754): the share of a layer is
-/// proportional to the summary's score_entropy, and the best scores of the layer's heads together are kept. With `lava` as the
-/// policy's rescoring, which makes the heads' scores comparable.
+/// proportional to the summary's score_entropy, and the best scores of the layer's heads together are kept. With `lava`
+/// as the policy's rescoring, which makes the heads' scores comparable.
 struct lava_budget {
   budget_size budget{};  ///< mean over all layers and heads
   index_t least = 0;     ///< candidates that every head keeps

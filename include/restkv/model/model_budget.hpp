@@ -13,7 +13,7 @@ struct layer_summary {
   index_t layers = 1;             ///< layers of the model
   index_t candidates = 0;         ///< units that may be evicted, all heads together
   double score_sum = 0;           ///< of the candidates' smoothed scores, all heads together; of a unit, its score
-  double score_entropy = 0;       ///< of the scores as shares of their sum, relative to the largest possible: within [0, 1]
+  double score_entropy = 0;  ///< of the scores as shares of their sum, relative to the largest possible: within [0, 1]
   /// -sum of a log(a + 1e-10) over query heads, the window's queries and the tokens before it; needs_attention
   double attention_entropy = 0;
   /// sum over query heads and tokens before the window of the variance of a over the window's queries; needs_attention
@@ -37,12 +37,12 @@ concept divides_by_preference = requires(const B& budget, const layer_summary& s
 
 /// A budget across layers:
 ///
-/// * `budget_size budget`: the mean over all layers and heads, protected tokens included. The model keeps layers * heads
-///   times that, exactly.
+/// * `budget_size budget`: the mean over all layers and heads, protected tokens included. The model keeps layers *
+///   heads times that, exactly.
 /// * `index_t least`: candidates that every head keeps in any case, its best ones.
 /// * `static constexpr bool compares_heads`: whether the best scores of all heads together are kept, or as many in each
-///   head. The same of layers with `static constexpr bool compares_layers` (default false): then all scores of the model
-///   compete, after `scale(summary)`, a factor for the layer's scores, where the budget has that.
+///   head. The same of layers with `static constexpr bool compares_layers` (default false): then all scores of the
+///   model compete, after `scale(summary)`, a factor for the layer's scores, where the budget has that.
 /// * `double preference(const layer_summary&)`, where layers do not compete by scores: what a layer's share is
 ///   proportional to. Negative numbers and NaN count as 0.
 /// * `static constexpr bool needs_attention` (default false): whether the summary's attention_entropy and

@@ -91,8 +91,8 @@ struct model_memory {
 
 }  // namespace detail
 
-/// Validates a policy and a budget across layers for a model whose layers all have `shape` (shape.layers of them; shape.layer
-/// does not act). The policy's own budget does not act. Nothing is allocated.
+/// Validates a policy and a budget across layers for a model whose layers all have `shape` (shape.layers of them;
+/// shape.layer does not act). The policy's own budget does not act. Nothing is allocated.
 ///
 /// Errors: those of `make_plan`; a bad parameter of the budget; one that looks at attention where the policy has no
 /// observation window; `least` and the protected tokens beyond the budget.
@@ -110,9 +110,9 @@ template <tensor_backend Backend, class Policy, model_budget Budget>
   const index_t per_head = budget_size(budget.budget).of(longest);
   const index_t least = std::min<index_t>(budget.least, longest.candidates);
   if (longest.protected_tokens() + least > per_head) {
-    return status::error(errc::invalid_argument, "the budget is %lld %s per head, %lld are protected and at least %lld kept",
-                         ll(per_head), longest.unit == 1 ? "tokens" : "chunks or pages", ll(longest.protected_tokens()),
-                         ll(least));
+    return status::error(errc::invalid_argument,
+                         "the budget is %lld %s per head, %lld are protected and at least %lld kept", ll(per_head),
+                         longest.unit == 1 ? "tokens" : "chunks or pages", ll(longest.protected_tokens()), ll(least));
   }
   constexpr index_t most_layers = 1 << 20;
   if (shape.layers > most_layers) {
@@ -123,10 +123,11 @@ template <tensor_backend Backend, class Policy, model_budget Budget>
                          "the budget looks at the window's attention: the policy's score must observe a window");
   }
   if (needs_attention<Budget>() && policy.window > most_window) {
-    return status::error(errc::invalid_argument,
-                         "the budget looks at the attention of an observation window of at most %lld queries: the policy "
-                         "observes %lld",
-                         ll(most_window), ll(policy.window));
+    return status::error(
+        errc::invalid_argument,
+        "the budget looks at the attention of an observation window of at most %lld queries: the policy "
+        "observes %lld",
+        ll(most_window), ll(policy.window));
   }
   // What is kept, and a whole layer on top of it before the eviction. A shorter sequence may protect a unit more.
   const index_t whole = made.layer.rows * longest.length;

@@ -13,17 +13,17 @@ namespace restkv {
 
 /// Chooses the tokens of all layers together. Layers are added in order, each as soon as its keys and values are there;
 /// after each, the layers so far are within the model's budget, so that a prefill that compacts as it goes never holds
-/// more than the budget and the one layer that came in (the cascade of CAKE, arXiv 2503.12491). After the last layer the
-/// sets are those of one choice over all layers at once: layers never get back what they lost, because a layer's share, or the rank
-/// of a token, never rises when others join.
+/// more than the budget and the one layer that came in (the cascade of CAKE, arXiv 2503.12491). After the last layer
+/// the sets are those of one choice over all layers at once: layers never get back what they lost, because a layer's
+/// share, or the rank of a token, never rises when others join.
 ///
 /// For each sequence the model keeps layers * heads * budget units exactly, counted at the length it has in the first
-/// layer, or all there are. It may be less, never more, where layers differ in what they protect (lengths or masks of their
-/// own), and where heads of a ragged cache do not compete. Ties go to the smaller layer, head and position; NaN scores are
-/// chosen last.
+/// layer, or all there are. It may be less, never more, where layers differ in what they protect (lengths or masks of
+/// their own), and where heads of a ragged cache do not compete. Ties go to the smaller layer, head and position; NaN
+/// scores are chosen last.
 ///
-/// It holds 12 bytes for each unit that the model keeps and for each of one whole layer (16 with double scores), and 8 for
-/// each token of a layer's heads. Cost: that of ranking the layers; after each, 3 passes over what is held.
+/// It holds 12 bytes for each unit that the model keeps and for each of one whole layer (16 with double scores), and 8
+/// for each token of a layer's heads. Cost: that of ranking the layers; after each, 3 passes over what is held.
 template <tensor_backend Backend, class Policy, model_budget Budget>
 class model_selection {
   using real = typename Backend::score_type;
@@ -32,8 +32,8 @@ class model_selection {
   using memory_t = detail::model_memory<key_t, plan_t>;
 
  public:
-  /// Begins with no layer, for a plan made for the backend. `state` has plan.state_bytes and must live as long as this object;
-  /// `begin` says whether it is large enough.
+  /// Begins with no layer, for a plan made for the backend. `state` has plan.state_bytes and must live as long as this
+  /// object; `begin` says whether it is large enough.
   model_selection(const Backend&, const model_plan<Policy, Budget>& plan, workspace state) noexcept
       : plan_(plan), memory_(plan_, state), fits_(state.check()) {
     if (fits_.ok()) forget();
@@ -52,8 +52,8 @@ class model_selection {
   /// Ranks the next layer and evicts what is beyond the budget, from it and from those before. `space` has
   /// plan.workspace_bytes and is not needed afterwards, nor is the layer.
   ///
-  /// Errors, with nothing changed: those of `select`; a layer too many; a layer that holds more than its part of the budget
-  /// whatever the scores.
+  /// Errors, with nothing changed: those of `select`; a layer too many; a layer that holds more than its part of the
+  /// budget whatever the scores.
   template <element T>
   [[nodiscard]] status add_layer(Backend& backend, const layer_view<T>& layer, workspace space) {
     RESTKV_RETURN_IF_FAILED(fits_);
@@ -97,15 +97,15 @@ class model_selection {
     return sum;
   }
 
-  /// The positions that layer `l` keeps so far, of the layer as it came in. A view of memory of this object, valid until
-  /// the next call.
+  /// The positions that layer `l` keeps so far, of the layer as it came in. A view of memory of this object, valid
+  /// until the next call.
   [[nodiscard]] kept_tokens kept(index_t l) noexcept {
     write(l, memory_.positions, false);
     return {memory_.positions, memory_.lengths};
   }
-  /// The same tokens by where they lie in the layer's cache, for `compact`: slots of a cache that was compacted after each
-  /// layer that came in, whose heads begin at slot 0; positions, for the layer that came in last. A view of memory of this
-  /// object, valid until the next call.
+  /// The same tokens by where they lie in the layer's cache, for `compact`: slots of a cache that was compacted after
+  /// each layer that came in, whose heads begin at slot 0; positions, for the layer that came in last. A view of memory
+  /// of this object, valid until the next call.
   [[nodiscard]] kept_tokens slots(index_t l) noexcept {
     write(l, memory_.slot_positions, true);
     return {memory_.slot_positions, memory_.lengths};
@@ -174,10 +174,11 @@ class model_selection {
       for (index_t r = 0; r < rows(); ++r) held += held_of(run, b * rows() + r);
       const index_t whole = (layers_ == 0 ? total_of(run, b) : memory_.totals[b]) / plan_.layer.shape.layers;
       if (held <= whole) continue;
-      return status::error(errc::invalid_argument,
-                           "sequence %lld of layer %lld holds %lld %s whatever their score, the budget of a layer is %lld",
-                           static_cast<long long>(b), static_cast<long long>(layers_), static_cast<long long>(held),
-                           unit() == 1 ? "tokens" : "chunks or pages", static_cast<long long>(whole));
+      return status::error(
+          errc::invalid_argument,
+          "sequence %lld of layer %lld holds %lld %s whatever their score, the budget of a layer is %lld",
+          static_cast<long long>(b), static_cast<long long>(layers_), static_cast<long long>(held),
+          unit() == 1 ? "tokens" : "chunks or pages", static_cast<long long>(whole));
     }
     return {};
   }

@@ -10,11 +10,12 @@
 
 namespace restkv {
 
-/// score = s * max over n of ||v_n||_1, n over the tokens that scores are defined for (LAVa, arXiv 2509.09754): an upper
-/// bound of what a head's attention s can contribute, so that the heads of a layer may compete. A factor of the whole head: the
-/// order inside it stays. The published policy: `snap_kv`, mean over 32 queries, max_pool of 7, the group's maximum, and heads
-/// that compete (`ada_kv` with floor 0, or the model's `lava_budget`); the KV head's values are those of all its query heads, so
-/// the factor may come after the group's maximum. Values that are not numbers do not count. Cost: one read of the values.
+/// score = s * max over n of ||v_n||_1, n over the tokens that scores are defined for (LAVa, arXiv 2509.09754): an
+/// upper bound of what a head's attention s can contribute, so that the heads of a layer may compete. A factor of the
+/// whole head: the order inside it stays. The published policy: `snap_kv`, mean over 32 queries, max_pool of 7, the
+/// group's maximum, and heads that compete (`ada_kv` with floor 0, or the model's `lava_budget`); the KV head's values
+/// are those of all its query heads, so the factor may come after the group's maximum. Values that are not numbers do
+/// not count. Cost: one read of the values.
 struct lava {
   ///@{
   /// See `rescorer`.

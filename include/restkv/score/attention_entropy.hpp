@@ -9,9 +9,9 @@
 
 namespace restkv {
 
-/// score = -a log(a + 1e-10), with a the token's attention: its part of the entropy of the query's attention, which sums over
-/// tokens, queries and heads give (CAKE's dispersion, arXiv 2503.12491). Never negative. Cost of a token and query: one
-/// logarithm.
+/// score = -a log(a + 1e-10), with a the token's attention: its part of the entropy of the query's attention, which
+/// sums over tokens, queries and heads give (CAKE's dispersion, arXiv 2503.12491). Never negative. Cost of a token and
+/// query: one logarithm.
 struct attention_entropy {
   ///@{
   /// See `token_score`.

@@ -62,8 +62,8 @@ class selection_run {
     return choose(memory_.counts, kept);
   }
 
-  /// The first half of `run` alone, for choices that look beyond the layer or try many sizes: every candidate is scored and
-  /// ranked. A rescorer that wants the heads' budgets gets those of the policy's own.
+  /// The first half of `run` alone, for choices that look beyond the layer or try many sizes: every candidate is scored
+  /// and ranked. A rescorer that wants the heads' budgets gets those of the policy's own.
   template <class Weigh>
   [[nodiscard]] status rank_all(const Weigh& weigh) {
     count_candidates();
@@ -88,8 +88,8 @@ class selection_run {
     return {};
   }
 
-  /// One row of scores: where its tokens lie, and which of them may be evicted. Tokens are counted from the beginning of
-  /// the sequence; units hold `unit` of them.
+  /// One row of scores: where its tokens lie, and which of them may be evicted. Tokens are counted from the beginning
+  /// of the sequence; units hold `unit` of them.
   struct row_problem {
     const layer_view<T>* layer = nullptr;
     index_t batch = 0;
@@ -259,8 +259,8 @@ class selection_run {
     return {};
   }
 
-  /// Not when a smoother's reach is too wide to be certain of, nor when an allocator looks at every key, nor where a key is
-  /// that of several tokens or heads.
+  /// Not when a smoother's reach is too wide to be certain of, nor when an allocator looks at every key, nor where a
+  /// key is that of several tokens or heads.
   [[nodiscard]] bool may_prune_now() const noexcept {
     if constexpr (may_prune<Backend, Policy>) {
       const granularity& unit = plan_.policy.granularity;

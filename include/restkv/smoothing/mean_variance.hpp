@@ -35,8 +35,8 @@ struct row_moments {
 
 }  // namespace detail
 
-/// The unbiased variance over the window's queries, 1 / (w - 1) times the sum of squared deviations from the mean; 0 where
-/// only one query sees the token. Not linear. Cost: three operations in double for each row.
+/// The unbiased variance over the window's queries, 1 / (w - 1) times the sum of squared deviations from the mean; 0
+/// where only one query sees the token. Not linear. Cost: three operations in double for each row.
 struct variance {
   ///@{
   /// See `temporal_smoother`.
@@ -47,8 +47,8 @@ struct variance {
   ///@}
 };
 
-/// The mean and gamma times the unbiased variance over the window's queries: with attention as the score CAKE's indicator
-/// (arXiv 2503.12491), which keeps tokens whose importance comes and goes. Not linear.
+/// The mean and gamma times the unbiased variance over the window's queries: with attention as the score CAKE's
+/// indicator (arXiv 2503.12491), which keeps tokens whose importance comes and goes. Not linear.
 struct mean_variance {
   float gamma = 200.0f;  ///< weight of the variance, >= 0
 
