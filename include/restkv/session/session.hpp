@@ -22,6 +22,8 @@ namespace restkv {
 /// The engine computes attention over `cache(layer)`, which holds the appended tokens until the next call: the eviction
 /// comes before the token after them. What the cache holds is exact; positions say where in the sequence it came from.
 ///
+/// One thread uses a session, and its backend, at a time.
+///
 /// Errors name both numbers, and the call that fails changes nothing. The exception are faults of the policy's own
 /// parts (a budget allocator that breaks its promises), which end a call between two tokens. Throws what the backend
 /// throws.
@@ -283,8 +285,9 @@ class session {
     return plan_.policy.running.score(seen_by == 0 ? 0.0 : s.running(query_head, slot), seen_by);
   }
 
-  /// Copies the sequence to another session of the same plan, over whatever that held: the branches of a beam. Fails
-  /// during speculation of either, and where the plans differ in their sizes. Cost: a copy of what is kept.
+  /// Copies the sequence to another session of the same plan, over whatever that held: the branches of a beam. What
+  /// `set_projection` said is not copied. Fails during speculation of either, and where the plans differ in their
+  /// sizes. Cost: a copy of what is kept.
   [[nodiscard]] status fork_to(session& other) const noexcept {
     RESTKV_RETURN_IF_FAILED(check_open());
     RESTKV_RETURN_IF_FAILED(other.check_open());
