@@ -169,6 +169,14 @@ TEST_CASE("bounds at the ends: nothing but what is protected, and everything tha
   CHECK(chosen.evaluations() <= 8);  // 62 candidates
   REQUIRE(chosen.run(backend, policy, std::span<const layer_view<float>>{}, {}).ok());
   CHECK(chosen.layers() == 0);
+  for (const layer_sizes sizes : {layer_sizes{.batch = 0, .tokens = 20, .queries = 8},
+                                  layer_sizes{.tokens = 0, .queries = 0}, layer_sizes{.tokens = 1, .queries = 1}}) {
+    const arranged_layer<float> small(sizes);
+    const layer_view<float> view = small.view();
+    REQUIRE(chosen.run(backend, policy, std::span(&view, 1), {.bound = 0.05}).ok());
+    CHECK(chosen.tokens(0) == sizes.batch * 2 * sizes.tokens);
+    CHECK(chosen.error(0) == 0.0);
+  }
   check_error(chosen.run(backend, policy, std::span(&layer, 1), {.bound = -1}), errc::invalid_argument, {-1, 0},
               "bound");
   check_error(chosen.run(backend, policy, std::span(&layer, 1), {.queries = 0}), errc::invalid_argument, {0, 1},

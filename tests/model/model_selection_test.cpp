@@ -624,6 +624,51 @@ TEST_CASE("CAKE's sums are those of the attention, in entropy and variance") {
   check_error(mean_variance{.gamma = -1}.check(), errc::invalid_argument, {-1}, "gamma");
 }
 
+TEST_CASE("numbers that are none, and models without sequences or tokens") {
+  random_engine random(10);
+  reference_backend backend;
+  const float nan_value = std::numeric_limits<float>::quiet_NaN();
+  const float infinity = std::numeric_limits<float>::infinity();
+  const auto run = [&](const auto& policy, const auto& budget, const random_model& model, index_t expected) {
+    const auto plan = make_model_plan(backend, policy, budget, shape_of(model.view(0), 0, model.count()));
+    std::vector<std::byte> state(plan.state_bytes), space(plan.workspace_bytes);
+    model_selection selection(backend, plan, workspace(state));
+    for (index_t l = 0; l < model.count(); ++l) {
+      throw_if_failed(selection.add_layer(backend, model.view(l), workspace(space)));
+      for (index_t i = 0; i <= l; ++i) {
+        const kept_tokens kept = selection.kept(i);
+        CHECK(check_kept(kept, model.sizes.batch, 2, model.sizes.tokens).ok());
+      }
+    }
+    for (index_t b = 0; b < model.sizes.batch; ++b) CHECK(selection.total(b) == expected);
+  };
+  const auto run_all = [&](const random_model& model, index_t expected) {
+    cake_policy cake;
+    cake.window = 4;
+    cake.protect = {.sink = 0, .recent = 0};
+    lava_policy competing;
+    competing.window = 4;
+    competing.protect = {.sink = 0, .recent = 0};
+    run(cake, cake_budget{.budget = 12}, model, expected);
+    run(competing, lava_budget{.budget = 12}, model, expected);
+    run(cake, global_budget{.budget = 12, .normalise = true}, model, expected);
+  };
+  random_model damaged(random, 4, {.query_heads = 4, .kv_heads = 2, .head_dim = 4, .tokens = 30, .queries = 4});
+  for (const float bad : {nan_value, infinity, -infinity, 1e38f}) {
+    damaged.layers[1].key(0, 1, 7, 2) = bad;
+    damaged.layers[2].value(0, 0, 9, 1) = bad;
+    damaged.layers[3].query(0, 2, 3, 0) = bad;
+    run_all(damaged, 4 * 2 * 12);
+  }
+  std::fill_n(damaged.layers[0].key.data, damaged.layers[0].key.size(), nan_value);
+  std::fill_n(damaged.layers[0].value.data, damaged.layers[0].value.size(), nan_value);
+  run_all(damaged, 4 * 2 * 12);
+  run_all(random_model(random, 2, {.batch = 0, .query_heads = 4, .kv_heads = 2, .head_dim = 4, .tokens = 30}), 0);
+  run_all(random_model(random, 3, {.query_heads = 4, .kv_heads = 2, .head_dim = 4, .tokens = 0, .queries = 0}), 0);
+  run_all(random_model(random, 3, {.query_heads = 4, .kv_heads = 2, .head_dim = 4, .tokens = 1, .queries = 1}), 6);
+  run_all(random_model(random, 3, {.query_heads = 4, .kv_heads = 2, .head_dim = 4, .tokens = 12, .queries = 8}), 72);
+}
+
 TEST_CASE("a model that cannot be planned says why") {
   reference_backend backend;
   const problem_shape shape{.query_heads = 4, .kv_heads = 2, .head_dim = 8, .tokens = 100, .layers = 4};

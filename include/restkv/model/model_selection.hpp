@@ -335,12 +335,13 @@ class model_selection {
         const auto from = slots ? memory_.pools[b].slots(row) : units;
         const span_t& span = span_of(l, b, r);
         const index_t begin = slots && !fresh ? 0 : span.begin;
-        position_t* next = &out(b, h, 0);
+        position_t* const first = out.data + out.offset(b, h, 0);
+        position_t* next = first;
         for (std::size_t i = 0; i < units.size(); ++i) {
           const index_t tokens = std::min<index_t>(span.length, (units[i] + 1) * size) - units[i] * size;
           for (index_t n = 0; n < tokens; ++n) *next++ = static_cast<position_t>(begin + from[i] * size + n);
         }
-        memory_.lengths(b, h) = static_cast<position_t>(next - &out(b, h, 0));
+        memory_.lengths(b, h) = static_cast<position_t>(next - first);
       }
     }
   }
