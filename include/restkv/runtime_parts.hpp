@@ -105,6 +105,12 @@ struct any_budget {
                 std::span<double> scratch) const noexcept {
     std::visit([&](const auto& part) { part.allocate(problem, keys, counts, scratch); }, choice);
   }
+  [[nodiscard]] index_t chosen_in_layer(const budget_problem& problem) const noexcept {
+    return std::visit([&](const auto& part) -> index_t { return restkv::chosen_in_layer(part, problem); }, choice);
+  }
+  [[nodiscard]] status check(const budget_problem& problem) const noexcept {
+    return std::visit([&](const auto& part) { return check_problem(part, problem); }, choice);
+  }
   [[nodiscard]] status check() const noexcept { return detail::check_choice(choice); }
   ///@}
 };

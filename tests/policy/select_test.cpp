@@ -14,8 +14,10 @@ using restkv::rest_kv;
 
 namespace {
 
-rest_kv random_score(random_engine& random) {
-  return {.order = chance(random, 50) ? restkv::query_order::before : restkv::query_order::after,
+/// The order after takes an average for its temporal smoother.
+rest_kv random_score(random_engine& random, const restkv::any_temporal& temporal) {
+  const bool after = chance(random, 50) && restkv::is_average(temporal);
+  return {.order = after ? restkv::query_order::after : restkv::query_order::before,
           .metric_of_distance = chance(random, 50) ? restkv::metric::projection : restkv::metric::identity,
           .tau = chance(random, 70) ? 1.0f : 1.7f,
           .normalised = chance(random, 20)};
@@ -48,7 +50,7 @@ bool check_random_selection(random_engine& random, Backend& backend) {
   const layer_recipe recipe = random_recipe(random);
   const random_layer<float> layer(random, recipe);
   auto policy = random_policy<rest_kv>(random);
-  policy.score = random_score(random);
+  policy.score = random_score(random, policy.temporal);
   policy.window = std::min(policy.window, recipe.query_rows > 0 ? recipe.query_rows : 1);
   auto shape = restkv::shape_of(layer.view(), pick(random, 0, 3), 4);
   shape.tokens += chance(random, 30) ? pick(random, 0, 20) : 0;  // a plan for longer layers
@@ -147,7 +149,7 @@ TEST_CASE("a larger uniform budget keeps what the smaller one kept") {
     recipe.masked_percent = 0;
     const random_layer<float> layer(random, recipe);
     auto policy = random_policy<rest_kv>(random);
-    policy.score = random_score(random);
+    policy.score = random_score(random, policy.temporal);
     policy.window = 4;
     policy.protect = {.sink = 2, .recent = 0};
     // The drift depends on the budget, so adaptive windows may differ; every other smoother does not know it.
