@@ -95,9 +95,9 @@ class set_error_run {
         const index_t moved = exchange_best(count);
         if (moved == 0) break;
         steps_.evaluate(m_.trial, m_.next);
-        // The margin is above the rounding of shares: what is accepted is an improvement in exact arithmetic. The observed
+        // Both sets are evaluated from the same shares, so the margin is above what rounding makes of them. The observed
         // error may give way to the noise on the way, but not beyond where it began.
-        if (m_.next.total < m_.now.total * (1 - 1e-4) && m_.next.window <= window_before) {
+        if (m_.next.total < m_.now.total * (1 - 2e-6) && m_.next.window <= window_before) {
           std::swap(m_.now, m_.next);
           std::swap(m_.states, m_.trial);
           report.exchanged += moved;
