@@ -49,5 +49,7 @@ void add_threads_option(CLI::App& command, int& threads);
 void add_select_command(CLI::App& app, invocation& run);
 void add_verify_command(CLI::App& app, invocation& run);
 void add_compare_command(CLI::App& app, invocation& run);
+void add_explain_command(CLI::App& app, invocation& run);
+void add_gallery_command(CLI::App& app, invocation& run);
 
 }  // namespace restkv::cli

@@ -148,7 +148,8 @@ void add_compare_command(CLI::App& app, invocation& run) {
   command.add_option("trace", options->trace,
                      "A safetensors file with layers.<i>.{q,k,v,wo,q_future,k_future,v_future}");
   command.add_option("--budgets", options->budgets,
-                     "Tokens kept per query head, window included; and uniform, pyramid, adakv: each policy under each")
+                     "Tokens kept per query head, window included; and uniform, pyramid, adakv, global, lava, cake: each policy under "
+                     "each")
       ->delimiter(',')
       ->capture_default_str();
   command.add_option("--layers", options->layers, "Layers of the trace to compare; all when not given")->delimiter(',');

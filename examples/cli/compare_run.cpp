@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "command.hpp"
 #include "compare.hpp"
+#include "compare_model.hpp"
 
 #include <restkv/backend/eigen/backend.hpp>
 #include <restkv/reference/backend.hpp>
@@ -65,7 +66,8 @@ class measurement {
   /// One policy at one budget on one layer, over all its seeds. Adds to the cell, or says in it why not.
   void add(const compared_policy& policy, std::size_t index, index_t budget, comparison_cell& cell) {
     const trace_layer& layer = trace_.layers()[index];
-    const int seeds = policy.seeded ? request_.seeds : 1;
+    const bool repeated = policy.seeded && !policy.policy.over_layers();
+    const int seeds = repeated ? request_.seeds : 1;
     const auto layers = static_cast<double>(trace_.layers().size());
     configuration c = configuration_on(trace_, policy, index, budget);
     layer_figures figures;
@@ -75,7 +77,7 @@ class measurement {
       selection chosen;
       output_errors errors;
       try {
-        chosen = select(c, layer.prompt());
+        chosen = c.over_layers() ? share_of_layer(c, policy, index, budget) : select(c, layer.prompt());
         require(measure(chosen, layer, errors), "");
       } catch (const input_error& problem) {
         cell.problem = problem.what();
@@ -105,6 +107,24 @@ class measurement {
     return run_reference(c, layer, memory, "");
   }
 
+  /// Layers are chosen together when the first is asked for.
+  [[nodiscard]] selection share_of_layer(const configuration& c, const named_policy& policy, std::size_t index,
+                                         index_t budget) {
+    if (index == 0) {
+      shares_ = select_over_layers(trace_, c, request_.threads, [&](std::size_t i) {
+        configuration scoring = configuration_on(trace_, policy, i, budget);
+        scoring.allocation = allocation_kind::uniform;
+        scoring.seed = c.seed;
+        if (request_.backend == backend_kind::eigen) {
+          return run_eigen(scoring, trace_.layers()[i].prompt(), request_.threads, "");
+        }
+        score_memory memory;
+        return run_reference(scoring, trace_.layers()[i].prompt(), memory, "");
+      });
+    }
+    return shares_[index];
+  }
+
   [[nodiscard]] status measure(const selection& chosen, const trace_layer& layer, output_errors& errors) {
     if (request_.backend == backend_kind::eigen) {
       return future_error(eigen_, chosen.kept(), layer.prompt(), layer.future(), errors);
@@ -116,6 +136,7 @@ class measurement {
   const comparison_request& request_;
   eigen_backend eigen_;
   reference_backend reference_;
+  std::vector<selection> shares_;  // of the layers, under a budget over all of them
 };
 
 }  // namespace

@@ -99,20 +99,93 @@ void take(configuration& c, const rest_kv& score) {
   c.use_norm = score.normalised;
   c.tau = score.tau;
 }
+void take(configuration& c, const caote&) {
+  c.method = method_kind::caote;
+  c.use_wo = false;
+}
+void take(configuration& c, const fast_caote&) {
+  c.method = method_kind::fastcaote;
+  c.use_wo = false;
+}
 void take(configuration& c, const snap_kv&) { c.method = method_kind::snapkv; }
+void take(configuration& c, const observed_attention&) { c.method = method_kind::h2o; }
+void take(configuration& c, const keyformer& score) {
+  c.method = method_kind::keyformer;
+  c.temperature = score.temperature;
+  c.seed = score.seed;
+}
+void take(configuration& c, const vatp&) { c.method = method_kind::vatp; }
+void take(configuration& c, const drop_kv& score) {
+  c.method = method_kind::dropkv;
+  c.epsilon = score.epsilon;
+}
+void take(configuration& c, const ob_cache& score) {
+  c.method = method_kind::obcache;
+  c.part = score.part;
+}
+void take(configuration& c, const la_prox& score) {
+  c.method = method_kind::laprox;
+  c.use_wo = score.metric_of_distance == metric::projection;
+}
+void take(configuration& c, const an_d_pro& score) {
+  c.method = method_kind::andpro;
+  c.use_wo = score.metric_of_distance == metric::projection;
+}
+void take(configuration& c, const defensive_kv& score) {
+  c.method = method_kind::defensivekv;
+  c.attention_pool = score.attention_pool;
+}
+void take(configuration& c, const knorm&) { c.method = method_kind::knorm; }
+void take(configuration& c, const key_diff&) { c.method = method_kind::keydiff; }
+void take(configuration& c, const lag_kv& score) {
+  c.method = method_kind::lagkv;
+  c.lag_size = score.lag;
+  c.cross_scoring = score.cross_scoring;
+}
+void take(configuration& c, const cur_dkv& score) {
+  c.method = method_kind::curdkv;
+  c.leverage_type = score.leverage;
+  c.local_window_size = score.local_window;
+}
+void take(configuration& c, const leverage_score& score) {
+  c.method = method_kind::leverage;
+  c.sketch = score.sketch;
+  c.ridge = score.ridge;
+}
+void take(configuration& c, const value_range&) { c.method = method_kind::valuerange; }
+void take(configuration& c, const expected_attention& score) {
+  c.method = method_kind::expectedattention;
+  c.use_covariance = score.use_covariance;
+  c.use_vnorm = score.use_value_norm;
+  c.epsilon = static_cast<float>(score.epsilon);
+}
+void take(configuration& c, const cap_kv& score) {
+  c.method = method_kind::capkv;
+  c.tau = static_cast<float>(score.tau);
+  c.cosine = score.cosine;
+}
+void take(configuration& c, const q_filter&) { c.method = method_kind::qfilter; }
 void take(configuration& c, const streaming_llm&) { c.method = method_kind::streamingllm; }
 void take(configuration& c, const random_score& score) {
   c.method = method_kind::random;
   c.seed = score.seed;
 }
 void take(configuration& c, const mean&) { c.temporal = temporal_kind::mean; }
+void take(configuration& c, const sum&) { c.temporal = temporal_kind::sum; }
 void take(configuration& c, const ema& temporal) {
   c.temporal = temporal_kind::ema;
   c.alpha = temporal.alpha;
 }
+void take(configuration& c, const last&) { c.temporal = temporal_kind::last; }
+void take(configuration& c, const maximum&) { c.temporal = temporal_kind::max; }
+void take(configuration& c, const root_sum_square&) { c.temporal = temporal_kind::root_sum_square; }
 void take(configuration& c, const no_pool&) { c.spatial = spatial_kind::none; }
 void take(configuration& c, const average_pool& spatial) {
   c.spatial = spatial_kind::avgpool;
+  c.kernel = spatial.width;
+}
+void take(configuration& c, const max_pool& spatial) {
+  c.spatial = spatial_kind::maxpool;
   c.kernel = spatial.width;
 }
 void take(configuration& c, const adaptive_window& spatial) {
@@ -121,9 +194,41 @@ void take(configuration& c, const adaptive_window& spatial) {
   c.scale = spatial.scale;
   c.shift_rule = spatial.shift_rule;
 }
+void take(configuration&, const no_rescoring&) {}
+// A rescoring that names the method.
+void take(configuration& c, const critical_kv<>& rescoring) {
+  c.method = method_kind::criticalkv;
+  c.rescoring = rescoring_kind::criticalkv;
+  c.first_stage_ratio = rescoring.first_stage;
+  c.epsilon = rescoring.epsilon;
+}
+void take(configuration& c, const caote_rescoring& rescoring) {
+  c.rescoring = rescoring.output == caote_output::mean ? rescoring_kind::fastcaote : rescoring_kind::caote;
+}
+void take(configuration& c, const lava&) {
+  c.method = method_kind::lava;
+  c.rescoring = rescoring_kind::lava;
+}
+void take(configuration& c, const defensive_rescoring<>& rescoring) {
+  c.rescoring = rescoring_kind::defensive;
+  c.mass = rescoring.mass;
+}
+void take(configuration& c, const r_kv& rescoring) {
+  c.method = method_kind::rkv;
+  c.rescoring = rescoring_kind::rkv;
+  c.lambda = rescoring.lambda;
+  c.threshold = rescoring.weight.threshold;
+  c.similar = rescoring.weight.recent;
+}
 void take(configuration& c, const uniform& budget) {
   c.allocation = allocation_kind::uniform;
   c.budget = budget.budget.tokens;
+}
+void take(configuration& c, const pyramid& budget) {
+  c.allocation = allocation_kind::pyramid;
+  c.budget = budget.budget.tokens;
+  c.beta = budget.beta;
+  c.rounding = budget.rounding;
 }
 void take(configuration& c, const ada_kv& budget) {
   c.allocation = allocation_kind::adakv;
@@ -138,24 +243,63 @@ configuration from_policy(const Policy& policy) {
   take(c, policy.score);
   take(c, policy.temporal);
   take(c, policy.spatial);
+  take(c, policy.rescoring);
   take(c, policy.budget);
-  c.window = policy.window;
   c.group = policy.group;
   c.n_sink = policy.protect.sink;
+  c.unit = policy.granularity.tokens;
+  c.reduce = policy.granularity.reduce;
+  c.shared = policy.granularity.shared;
+  if (c.observes_every_query() && policy.window != every_query) c.method = method_kind::tova;
+  if (c.observes_every_query()) {
+    c.window = policy.protect.recent;  // see protected_recent
+    return c;
+  }
+  c.window = policy.window;
   // The window is protected in any case: only what goes beyond it is said.
   c.recent = policy.protect.recent > policy.window || !c.observes() ? policy.protect.recent : 0;
   return c;
 }
 
 const std::map<std::string, configuration>& presets_by_name() {
+  constexpr index_t budget = configuration{}.budget;
   static const std::map<std::string, configuration> all{
-      {"standard", from_policy(presets::standard(configuration{}.budget))},
-      {"lowest_error", from_policy(presets::lowest_error(configuration{}.budget))},
-      {"rest_kv_released", from_policy(presets::rest_kv_released(configuration{}.budget))},
-      {"rest_kv_paper", from_policy(presets::rest_kv_paper(configuration{}.budget))},
-      {"snap_kv", from_policy(presets::snap_kv(configuration{}.budget))},
-      {"streaming_llm", from_policy(presets::streaming_llm(configuration{}.budget))},
-      {"random", from_policy(presets::random(configuration{}.budget))}};
+      {"standard", from_policy(presets::standard(budget))},
+      {"lowest_error", from_policy(presets::lowest_error(budget))},
+      {"rest_kv_released", from_policy(presets::rest_kv_released(budget))},
+      {"rest_kv_paper", from_policy(presets::rest_kv_paper(budget))},
+      {"caote", from_policy(presets::caote(budget))},
+      {"fast_caote", from_policy(presets::fast_caote(budget))},
+      {"drop_kv", from_policy(presets::drop_kv(budget))},
+      {"snap_kv", from_policy(presets::snap_kv(budget))},
+      {"ada_kv", from_policy(presets::ada_kv(budget))},
+      {"pyramid_kv", from_policy(presets::pyramid_kv(budget))},
+      {"chunk_kv", from_policy(presets::chunk_kv(budget))},
+      {"h2o", from_policy(presets::h2o(budget))},
+      {"h2o_mean", from_policy(presets::h2o_mean(budget))},
+      {"h2o_caote", from_policy(presets::h2o_caote(budget))},
+      {"tova", from_policy(presets::tova(budget))},
+      {"keyformer", from_policy(presets::keyformer(budget))},
+      {"vatp", from_policy(presets::vatp(budget))},
+      {"ob_cache", from_policy(presets::ob_cache(budget))},
+      {"la_prox", from_policy(presets::la_prox(budget))},
+      {"an_d_pro", from_policy(presets::an_d_pro(budget))},
+      {"critical_kv", from_policy(presets::critical_kv(budget))},
+      {"critical_ada_kv", from_policy(presets::critical_ada_kv(budget))},
+      {"lava", from_policy(presets::lava(budget))},
+      {"defensive_kv", from_policy(presets::defensive_kv(budget))},
+      {"r_kv", from_policy(presets::r_kv(budget))},
+      {"knorm", from_policy(presets::knorm(budget))},
+      {"key_diff", from_policy(presets::key_diff(budget))},
+      {"lag_kv", from_policy(presets::lag_kv(budget))},
+      {"cur_dkv", from_policy(presets::cur_dkv(budget))},
+      {"leverage_score", from_policy(presets::leverage_score(budget))},
+      {"value_range", from_policy(presets::value_range(budget))},
+      {"expected_attention", from_policy(presets::expected_attention(budget, {}, {}))},
+      {"cap_kv", from_policy(presets::cap_kv(budget, {}))},
+      {"q_filter", from_policy(presets::q_filter(budget, {}))},
+      {"streaming_llm", from_policy(presets::streaming_llm(budget))},
+      {"random", from_policy(presets::random(budget))}};
   return all;
 }
 
@@ -181,79 +325,41 @@ json parse_flat_object(const std::string& text, const std::string& where) {
 
 configuration defaults_of(method_kind method) {
   configuration c;
-  // A score of the cache alone, one kept set a KV head.
-  const auto of_cache = [&](index_t sinks, index_t recent) {
-    c.group = group_reduce::mean;
-    c.n_sink = sinks;
-    c.recent = recent;
-  };
-  const auto pooled = [&](spatial_kind spatial, int width) {
-    c.spatial = spatial;
-    c.kernel = width;
-  };
   switch (method) {
     case method_kind::restkv: c = preset("rest_kv_paper"); break;
     case method_kind::caote:
     case method_kind::fastcaote: c.use_wo = false; break;
     case method_kind::snapkv: c = preset("snap_kv"); break;
-    case method_kind::adakv:
-      c = preset("snap_kv");
-      pooled(spatial_kind::maxpool, 7);
-      c.allocation = allocation_kind::adakv;
-      break;
-    case method_kind::h2o:
-      c.temporal = temporal_kind::sum;
-      c.group = group_reduce::mean;
-      break;
-    case method_kind::tova:
-      c.window = 1;
-      c.temporal = temporal_kind::last;
-      c.group = group_reduce::mean;
-      c.shared = true;
-      break;
-    case method_kind::vatp: c.group = group_reduce::mean; break;
+    case method_kind::adakv: c = preset("ada_kv"); break;
+    case method_kind::h2o: c = preset("h2o"); break;
+    case method_kind::tova: c = preset("tova"); break;
+    case method_kind::keyformer: c = preset("keyformer"); break;
+    case method_kind::vatp: c = preset("vatp"); break;
     case method_kind::dropkv:
-      c.window = 8;
-      c.temporal = temporal_kind::sum;
+      c = preset("drop_kv");
+      c.epsilon = 0.0f;  // a case says so where there is one
+      break;
+    case method_kind::obcache: c = preset("ob_cache"); break;
+    case method_kind::laprox: c = preset("la_prox"); break;
+    case method_kind::andpro: c = preset("an_d_pro"); break;
+    case method_kind::criticalkv: c = preset("critical_kv"); break;
+    case method_kind::lava: c = preset("lava"); break;
+    case method_kind::defensivekv: c = preset("defensive_kv"); break;
+    case method_kind::rkv: c = preset("r_kv"); break;
+    case method_kind::knorm: c = preset("knorm"); break;
+    case method_kind::keydiff: c = preset("key_diff"); break;
+    case method_kind::lagkv: c = preset("lag_kv"); break;
+    case method_kind::curdkv: c = preset("cur_dkv"); break;
+    case method_kind::leverage: c = preset("leverage_score"); break;
+    case method_kind::valuerange: c = preset("value_range"); break;
+    case method_kind::expectedattention: c = preset("expected_attention"); break;
+    case method_kind::capkv: c = preset("cap_kv"); break;
+    case method_kind::qfilter: c = preset("q_filter"); break;
+    case method_kind::keyredundancy: c.group = group_reduce::mean; break;
+    case method_kind::lacache:
       c.group = group_reduce::mean;
-      pooled(spatial_kind::maxpool, 11);  // and no epsilon: 1 - a is never 0 here
+      c.n_sink = 4;
       break;
-    case method_kind::obcache:
-      c.window = 16;
-      c.temporal = temporal_kind::sum;
-      c.group = group_reduce::sum;
-      pooled(spatial_kind::maxpool, 7);
-      break;
-    case method_kind::laprox:
-      c.temporal = temporal_kind::root_sum_square;
-      c.group = group_reduce::mean;
-      pooled(spatial_kind::avgpool, 7);
-      break;
-    case method_kind::andpro:
-      c.use_wo = false;
-      c.group = group_reduce::mean;
-      c.unit = 4;
-      c.n_sink = 1;
-      break;
-    case method_kind::criticalkv:
-      c = preset("snap_kv");
-      c.rescoring = rescoring_kind::criticalkv;
-      c.epsilon = 1e-4f;
-      break;
-    case method_kind::knorm:
-    case method_kind::keydiff:
-    case method_kind::qfilter:
-    case method_kind::keyredundancy: of_cache(0, 0); break;
-    case method_kind::lagkv:
-    case method_kind::curdkv:
-    case method_kind::expectedattention:
-    case method_kind::valuerange:
-    case method_kind::lacache: of_cache(4, 0); break;
-    case method_kind::capkv:
-      of_cache(4, 0);
-      c.tau = 5.0f;
-      break;
-    case method_kind::leverage: of_cache(8, 4); break;
     case method_kind::streamingllm: c = preset("streaming_llm"); break;
     case method_kind::random: c = preset("random"); break;
     case method_kind::set_error: break;

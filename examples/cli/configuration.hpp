@@ -32,12 +32,16 @@ enum class method_kind {
   adakv,
   h2o,
   tova,
+  keyformer,
   vatp,
   dropkv,
   obcache,
   laprox,
   andpro,
   criticalkv,
+  lava,
+  defensivekv,
+  rkv,
   knorm,
   keydiff,
   lagkv,
@@ -55,8 +59,9 @@ enum class method_kind {
 };
 enum class temporal_kind { mean, sum, ema, last, max, root_sum_square };
 enum class spatial_kind { none, avgpool, maxpool, adaptive };
-enum class rescoring_kind { none, criticalkv, caote, fastcaote };
-enum class allocation_kind { uniform, pyramid, adakv };
+enum class rescoring_kind { none, criticalkv, caote, fastcaote, lava, defensive, rkv };
+/// From `global` on: over the layers of a model.
+enum class allocation_kind { uniform, pyramid, adakv, global, lava, cake };
 
 /// The names of an enumeration's values in a configuration, in the order of the values.
 template <class Enum>
@@ -64,8 +69,8 @@ struct names;
 template <>
 struct names<method_kind> {
   static constexpr std::array values{
-      "restkv", "caote", "fastcaote", "snapkv", "adakv", "h2o", "tova", "vatp", "dropkv", "obcache", "laprox",
-      "andpro", "criticalkv", "knorm", "keydiff", "lagkv", "curdkv", "leverage", "expectedattention", "qfilter",
+      "restkv", "caote", "fastcaote", "snapkv", "adakv", "h2o", "tova", "keyformer", "vatp", "dropkv",
+      "obcache", "laprox", "andpro", "criticalkv", "lava", "defensivekv", "rkv", "knorm", "keydiff", "lagkv", "curdkv", "leverage", "expectedattention", "qfilter",
       "capkv", "keyredundancy", "valuerange", "lacache", "streamingllm", "random", "set_error"};
 };
 template <>
@@ -90,11 +95,11 @@ struct names<group_reduce> {
 };
 template <>
 struct names<rescoring_kind> {
-  static constexpr std::array values{"none", "criticalkv", "caote", "fastcaote"};
+  static constexpr std::array values{"none", "criticalkv", "caote", "fastcaote", "lava", "defensive", "rkv"};
 };
 template <>
 struct names<allocation_kind> {
-  static constexpr std::array values{"uniform", "pyramid", "adakv"};
+  static constexpr std::array values{"uniform", "pyramid", "adakv", "global", "lava", "cake"};
 };
 template <>
 struct names<pyramid_rounding> {
@@ -139,6 +144,8 @@ struct configuration {
   rescoring_kind rescoring = rescoring_kind::none;
   float first_stage_ratio = 0.5f;  ///< with the rescoring criticalkv
   float epsilon = 0.0f;            ///< of dropkv, criticalkv and expectedattention
+  float mass = 0.9f;               ///< with the rescoring defensive
+  float lambda = 0.1f;             ///< with the rescoring rkv
   allocation_kind allocation = allocation_kind::uniform;
   float floor = 0.2f;
   bool normalize = false;
@@ -153,6 +160,8 @@ struct configuration {
   bool shared = false;  ///< one kept set for all heads of a layer
   std::uint64_t seed = 0;
   // Of single methods; see the keys.
+  float temperature = 1.0f;
+  int attention_pool = 5;
   ob_cache_part part = ob_cache_part::key;
   index_t lag_size = 128;
   bool cross_scoring = false;
@@ -179,10 +188,12 @@ struct configuration {
            method == method_kind::capkv;
   }
   /// True for methods whose observation window is every query that there is.
-  [[nodiscard]] bool observes_every_query() const noexcept { return method == method_kind::h2o; }
+  [[nodiscard]] bool observes_every_query() const noexcept {
+    return method == method_kind::h2o || method == method_kind::keyformer;
+  }
   /// True for methods that score the tokens of the observation window like others.
   [[nodiscard]] bool scores_window() const noexcept {
-    return method == method_kind::h2o || method == method_kind::tova;
+    return observes_every_query() || method == method_kind::tova;
   }
   /// True for methods whose score is the odds of the attention times a distance.
   [[nodiscard]] bool scores_odds() const noexcept {
@@ -194,12 +205,14 @@ struct configuration {
   }
   /// True when W_O itself is needed.
   [[nodiscard]] bool needs_wo() const noexcept {
-    return measures_through_wo() || rescoring == rescoring_kind::criticalkv;
+    return measures_through_wo() || rescoring == rescoring_kind::criticalkv || rescoring == rescoring_kind::defensive;
   }
   [[nodiscard]] budget_size size() const noexcept {
     if (compression_ratio == 0.0) return budget;
     return budget_size::keep_ratio(1.0 - compression_ratio);
   }
+  /// True for a budget over the layers of a model, which one layer alone has no share of.
+  [[nodiscard]] bool over_layers() const noexcept { return allocation >= allocation_kind::global; }
   /// Queries that are observed of a layer.
   [[nodiscard]] index_t window_of(const layer_view<float>& layer) const noexcept {
     return observes_every_query() ? std::max<index_t>(layer.query.extent(2), 1) : window;
@@ -243,6 +256,8 @@ void visit_keys(Configuration& c, const Visit& visit) {
   visit(key_facts{"first_stage_ratio", "--first-stage-ratio", "Part of the budget by the score alone, for criticalkv"},
         c.first_stage_ratio);
   visit(key_facts{"epsilon", "--epsilon", "For dropkv, criticalkv and expectedattention"}, c.epsilon);
+  visit(key_facts{"mass", "--mass", "Part of the attention that is kept whatever its scores, for defensive"}, c.mass);
+  visit(key_facts{"lambda", "--lambda", "Weight of the score beside redundancy, for rkv"}, c.lambda);
   visit(key_facts{"allocation", "--allocation", "How the budget is divided"}, c.allocation);
   visit(key_facts{"floor", "--floor", "Part of the uniform share that every head gets, for adakv"}, c.floor);
   visit(key_facts{"normalize", "--normalize", "Compare heads by concentration, for adakv"}, c.normalize);
@@ -255,7 +270,10 @@ void visit_keys(Configuration& c, const Visit& visit) {
   visit(key_facts{"unit", "--unit", "Tokens that are evicted together"}, c.unit);
   visit(key_facts{"unit_reduce", "--unit-reduce", "From the scores of a unit's tokens to its score"}, c.reduce);
   visit(key_facts{"shared", "--shared", "One kept set for all heads of a layer"}, c.shared);
-  visit(key_facts{"seed", "--seed", "Of the random scores, and of leverage"}, c.seed);
+  visit(key_facts{"seed", "--seed", "Of the random scores, of keyformer and leverage"}, c.seed);
+  visit(key_facts{"temperature", "--temperature", "Of the softmax, for keyformer"}, c.temperature);
+  visit(key_facts{"attention_pool", "--attention-pool", "Tokens over which a query's attention is spread, for defensivekv"},
+        c.attention_pool);
   visit(key_facts{"part", "--part", "What is taken away, for obcache"}, c.part);
   visit(key_facts{"lag_size", "--lag-size", "Tokens of a chunk, for lagkv"}, c.lag_size);
   visit(key_facts{"cross_scoring", "--cross-scoring", "Compare tokens of different chunks, for lagkv"},
@@ -275,8 +293,8 @@ void visit_keys(Configuration& c, const Visit& visit) {
                   "Base of RoPE, for the queries to come of expectedattention and capkv; 0: those recorded"},
         c.rope_theta);
   visit(key_facts{"n_future", "--n-future", "Positions to come, for expectedattention and capkv"}, c.n_future);
-  visit(key_facts{"threshold", "--threshold", "Cosine above which keys are similar, for keyredundancy"}, c.threshold);
-  visit(key_facts{"similar", "--similar", "Latest similar keys that do not count, for keyredundancy"}, c.similar);
+  visit(key_facts{"threshold", "--threshold", "Cosine above which keys are similar, for keyredundancy and rkv"}, c.threshold);
+  visit(key_facts{"similar", "--similar", "Latest similar keys that do not count, for keyredundancy and rkv"}, c.similar);
   visit(key_facts{"span", "--span", "Layers over which a token is repeated, for lacache"}, c.span);
   visit(key_facts{"overlap", "--overlap", "Overlap of such runs, for lacache"}, c.overlap);
 }
@@ -287,7 +305,7 @@ void visit_keys(Configuration& c, const Visit& visit) {
 /// The method that an object names, restkv where it names none. Throws input_error for one that is not known.
 [[nodiscard]] method_kind method_in(const nlohmann::json& object, const std::string& where);
 
-/// A preset of the library. Throws std::out_of_range for a name that it does not have.
+/// A preset of the library by its name there. Throws std::out_of_range for one that it does not have.
 [[nodiscard]] configuration preset(const std::string& name);
 
 /// Parses an untrusted text that must be a JSON object without objects or lists in it, each key once. Throws input_error,

@@ -52,6 +52,8 @@ int run_program(int count, char** arguments) {
   run.json = std::any_of(arguments, arguments + count, [](std::string_view text) { return text == "--json"; });
   app.footer("Exit status: 0 all is well, 1 something does not compare equal, 2 a file or an option cannot be used.");
   add_compare_command(app, run);
+  add_explain_command(app, run);
+  add_gallery_command(app, run);
   add_select_command(app, run);
   add_verify_command(app, run);
   const auto is_named = [&](const CLI::App* command) { return command->get_name() == arguments[1]; };

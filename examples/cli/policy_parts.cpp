@@ -37,7 +37,7 @@ any_budget budget_of(const configuration& c) {
   switch (c.allocation) {
     case allocation_kind::pyramid: return {pyramid{.budget = c.size(), .beta = c.beta, .rounding = c.rounding}};
     case allocation_kind::adakv: return {ada_kv{.budget = c.size(), .floor = c.floor, .normalise = c.normalize}};
-    case allocation_kind::uniform: break;
+    default: break;
   }
   return {uniform{c.size()}};
 }

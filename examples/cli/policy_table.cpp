@@ -19,16 +19,9 @@ configuration grouped_by(configuration c, group_reduce group) {
   return c;
 }
 
-/// A method's own settings, one kept set a KV head.
-configuration at_kv_heads(method_kind method) {
-  configuration c = defaults_of(method);
-  if (c.group == group_reduce::none) c.group = group_reduce::mean;
-  return c;
-}
-
-/// A score of the cache alone. Most are published without protection, and fail without: they get the null policy's.
+/// A score of the cache alone, with the null policy's protection. Most are published with less, and fail for it.
 configuration of_cache(method_kind method) {
-  configuration c = at_kv_heads(method);
+  configuration c = defaults_of(method);
   c.n_sink = 4;
   c.recent = 32;
   return c;
@@ -56,42 +49,43 @@ std::vector<named_policy> make_table() {
       "ReST-KV as the paper describes it, without spatial smoothing.");
   add("rest_kv_released_kv_heads", grouped_by(preset("rest_kv_released"), group_reduce::mean),
       "The release's score, its mean over the query heads of a KV head.");
-  add("caote", at_kv_heads(method::caote), "CAOTE: deletion error of the head's own output.");
-  add("fast_caote", at_kv_heads(method::fastcaote), "FastCAOTE: the mean value in place of the output.");
-  add("drop_kv", at_kv_heads(method::dropkv), "DropKV: squared deletion errors of 8 queries, max pool 11.");
+  add("caote", preset("caote"), "CAOTE: deletion error of the head's own output.");
+  add("fast_caote", preset("fast_caote"), "FastCAOTE: the mean value in place of the output.");
+  add("drop_kv", preset("drop_kv"), "DropKV: squared deletion errors of 8 queries, max pool 11, Ada-KV budgets.");
 
   group = "attention";
   add("snap_kv_query_heads", grouped_by(preset("snap_kv"), group_reduce::none),
       "SnapKV as published: one kept set per query head.");
   add("snap_kv_kv_heads", preset("snap_kv"), "SnapKV, its mean over the query heads of a KV head.");
-  add("ada_kv", defaults_of(method::adakv), "Ada-KV: SnapKV with max pool 7, the heads of a layer compete.");
-  add("pyramid_kv", with(defaults_of(method::adakv), [](auto& c) { c.allocation = allocation_kind::pyramid; }),
-      "PyramidKV: SnapKV with max pool 7, lower layers keep more.");
-  add("chunk_kv", with(preset("snap_kv"), [](auto& c) {
-        c.spatial = spatial_kind::none;
-        c.unit = 10;
-      }),
-      "ChunkKV: the window's attention, chunks of 10 tokens kept or evicted whole.");
-  add("h2o", defaults_of(method::h2o), "H2O: attention summed over every recorded query, 32 recent tokens.");
-  add("h2o_mean", with(defaults_of(method::h2o), [](auto& c) { c.temporal = temporal_kind::mean; }),
-      "The same, the mean over the queries that see a token.");
-  add("tova", defaults_of(method::tova), "TOVA: attention of the last query, one kept set a layer.");
+  add("ada_kv", preset("ada_kv"), "Ada-KV: SnapKV with max pool 7, the heads of a layer compete.");
+  add("pyramid_kv", preset("pyramid_kv"), "PyramidKV: SnapKV, lower layers keep more.");
+  add("chunk_kv", preset("chunk_kv"), "ChunkKV: the window's attention, chunks of 10 tokens kept or evicted whole.");
+  add("h2o", preset("h2o"), "H2O: attention summed over every recorded query, 32 recent tokens.");
+  add("h2o_mean", preset("h2o_mean"), "The same, the mean over the queries that see a token.");
+  add("keyformer", preset("keyformer"), "Keyformer: H2O with Gumbel noise on the logits.", true);
+  add("tova", preset("tova"), "TOVA: attention of the last query, one kept set a layer.");
+  add("r_kv", preset("r_kv"), "R-KV: attention of 8 queries less the redundancy of keys.");
 
   group = "values";
-  add("vatp", at_kv_heads(method::vatp), "VATP: attention times the l1 norm of the value.");
-  add("critical_kv", defaults_of(method::criticalkv),
+  add("vatp", preset("vatp"), "VATP: attention times the l1 norm of the value.");
+  add("critical_kv", preset("critical_kv"),
       "CriticalKV: half by SnapKV, half by attention times the value's norm behind W_O.");
+  add("critical_ada_kv", preset("critical_ada_kv"), "CriticalKV within Ada-KV's budgets.");
   add("snap_kv_caote", with(preset("snap_kv"), [](auto& c) { c.rescoring = rescoring_kind::caote; }),
       "CAOTE over SnapKV's scores.");
+  add("h2o_caote", preset("h2o_caote"), "CAOTE over H2O's scores.");
+  add("defensive_kv", preset("defensive_kv"), "DefensiveKV: the worst case over queries and group, heads compete.");
+  add("lava", preset("lava"), "LAVa in each layer: attention times the head's largest value, heads compete.");
   for (const ob_cache_part part : {ob_cache_part::value, ob_cache_part::key, ob_cache_part::joint}) {
     add(part == ob_cache_part::value ? "ob_cache_value" : part == ob_cache_part::key ? "ob_cache_key" : "ob_cache_joint",
-        with(defaults_of(method::obcache), [part](auto& c) { c.part = part; }),
-        part == ob_cache_part::value ? "OBCache, the value taken away."
-        : part == ob_cache_part::key ? "OBCache, the key taken away."
-                                     : "OBCache, both taken away.");
+        with(preset("ob_cache"), [part](auto& c) { c.part = part; }),
+        part == ob_cache_part::value ? "OBCache, the value taken away, Ada-KV budgets."
+        : part == ob_cache_part::key ? "OBCache, the key taken away, Ada-KV budgets."
+                                     : "OBCache, both taken away, Ada-KV budgets.");
   }
-  add("la_prox", defaults_of(method::laprox), "LaProx: norm of a token's attention times its value's behind W_O.");
-  add("an_d_pro", defaults_of(method::andpro), "AnDPro: what a value adds along the output, chunks of 4.");
+  add("la_prox", preset("la_prox"),
+      "LaProx: norm of a token's attention times its value's behind W_O, heads compete.");
+  add("an_d_pro", preset("an_d_pro"), "AnDPro: what a value adds along the output, chunks of 4, heads compete.");
 
   group = "cache";
   add("knorm", of_cache(method::knorm), "Keys of the smallest norm.");
@@ -104,9 +98,23 @@ std::vector<named_policy> make_table() {
 
   group = "queries";
   add("expected_attention", of_cache(method::expectedattention),
-      "Expected attention of queries like the recorded ones at the positions to come.");
+      "Expected attention of queries like the recorded ones at the positions to come, Ada-KV budgets.");
   add("q_filter", of_cache(method::qfilter), "Q-Filters: keys along the main direction of the recorded queries.");
   add("cap_kv", of_cache(method::capkv), "CapKV: what a value adds to the span of the attended ones.");
+
+  group = "model";
+  const auto over_layers = [](const char* name, allocation_kind allocation) {
+    return with(preset(name), [allocation](auto& c) { c.allocation = allocation; });
+  };
+  add("cake", over_layers("snap_kv", allocation_kind::cake),
+      "CAKE: mean and variance of attention; layers by how spread and how restless theirs is.");
+  add("lava_layers", over_layers("lava", allocation_kind::lava), "LAVa: layers by the entropy of their scores.");
+  add("layer_defensive_kv", over_layers("defensive_kv", allocation_kind::global),
+      "Layer-DefensiveKV: one competition of all layers and heads.");
+  add("la_prox_global", over_layers("la_prox", allocation_kind::global),
+      "LaProx as published: one competition of all layers and heads.");
+  add("lowest_error_global", over_layers("lowest_error", allocation_kind::global),
+      "The library's score, one competition of all layers and heads.");
 
   group = "position";
   add("la_cache", with(defaults_of(method::lacache), [](auto& c) { c.span = 2; }),
@@ -129,6 +137,7 @@ const std::vector<policy_group>& policy_groups() {
                                                 {"values", "Attention and values"},
                                                 {"cache", "Keys and values, no queries"},
                                                 {"queries", "Queries to come"},
+                                                {"model", "Budgets over all layers"},
                                                 {"position", "Positions"}};
   return groups;
 }

@@ -8,5 +8,6 @@
 #include <restkv/backend/eigen/backend.hpp>
 
 RESTKV_CLI_ATTENTION_SCORES(extern, restkv::eigen_backend)
+RESTKV_CLI_RESCORED_SCORES(extern, restkv::eigen_backend)
 RESTKV_CLI_VALUE_SCORES(extern, restkv::eigen_backend)
 RESTKV_CLI_CACHE_SCORES(extern, restkv::eigen_backend)

@@ -9,9 +9,14 @@
 #include "selection.hpp"
 
 #include <restkv/rescoring/critical_kv.hpp>
+#include <restkv/rescoring/defensive_kv.hpp>
+#include <restkv/rescoring/lava.hpp>
+#include <restkv/rescoring/r_kv.hpp>
 #include <restkv/score/an_d_pro.hpp>
 #include <restkv/score/caote.hpp>
+#include <restkv/score/defensive_kv.hpp>
 #include <restkv/score/drop_kv.hpp>
+#include <restkv/score/keyformer.hpp>
 #include <restkv/score/la_prox.hpp>
 #include <restkv/score/ob_cache.hpp>
 #include <restkv/score/observed_attention.hpp>
@@ -48,10 +53,18 @@ class policy_runner {
   /// Throws input_error, beginning with `where`.
   [[nodiscard]] selection run() {
     check_rescoring();
+    if (c_.over_layers()) {
+      throw input_error(fmt::format("{}{}the allocation {} is over the layers of a model, which compare knows", where_,
+                                    where_.empty() ? "" : ": ", name_of(c_.allocation)));
+    }
     switch (c_.method) {
       case method_kind::snapkv:
       case method_kind::adakv:
       case method_kind::criticalkv: return run_snap_kv();
+      case method_kind::lava:
+      case method_kind::defensivekv:
+      case method_kind::rkv: return run_rescored();
+      case method_kind::keyformer:
       case method_kind::h2o:
       case method_kind::tova: return run_observed_attention();
       case method_kind::fastcaote:
@@ -87,20 +100,31 @@ class policy_runner {
   [[nodiscard]] selection run_deletion();
   [[nodiscard]] selection run_snap_kv();
   [[nodiscard]] selection run_observed_attention();
+  [[nodiscard]] selection run_rescored();
   [[nodiscard]] selection run_sizes();
   [[nodiscard]] selection run_outputs();
   [[nodiscard]] selection run_cache();
   [[nodiscard]] selection run_positions();
 
+  /// A method brings its rescoring; some others go with it.
   void check_rescoring() const {
-    const bool rescorable = c_.method == method_kind::snapkv || c_.method == method_kind::adakv ||
-                            c_.method == method_kind::criticalkv ||
-                            (c_.scores_window() && c_.rescoring != rescoring_kind::criticalkv);
-    if (c_.rescoring == rescoring_kind::none || rescorable) return;
-    throw input_error(fmt::format("{}{}the rescoring {} goes with snapkv, adakv{}, not with {}", where_,
-                                  where_.empty() ? "" : ": ", name_of(c_.rescoring),
-                                  c_.rescoring == rescoring_kind::criticalkv ? " and criticalkv" : ", h2o and tova",
-                                  name_of(c_.method)));
+    const rescoring_kind kind = c_.rescoring;
+    const bool is_caote = kind == rescoring_kind::caote || kind == rescoring_kind::fastcaote;
+    bool fits = kind == rescoring_kind::none;
+    switch (c_.method) {
+      case method_kind::snapkv:
+      case method_kind::adakv:
+      case method_kind::criticalkv: fits = fits || is_caote || kind == rescoring_kind::criticalkv; break;
+      case method_kind::h2o:
+      case method_kind::tova: fits = fits || is_caote; break;
+      case method_kind::lava: fits = kind == rescoring_kind::lava; break;
+      case method_kind::defensivekv: fits = kind == rescoring_kind::defensive; break;
+      case method_kind::rkv: fits = kind == rescoring_kind::rkv; break;
+      default: break;
+    }
+    if (fits) return;
+    throw input_error(fmt::format("{}{}the rescoring {} does not go with the method {}", where_,
+                                  where_.empty() ? "" : ": ", name_of(kind), name_of(c_.method)));
   }
 
   Backend& backend_;
@@ -169,13 +193,25 @@ selection policy_runner<Backend>::run_snap_kv() {
       return run_score(snap_kv{}, critical_kv<>{.first_stage = c_.first_stage_ratio, .epsilon = c_.epsilon});
     case rescoring_kind::caote:
     case rescoring_kind::fastcaote: return run_score(snap_kv{}, caote_rescoring_of(c_));
-    case rescoring_kind::none: break;
+    default: break;
   }
   return run_score(snap_kv{});
 }
 
 template <tensor_backend Backend>
+selection policy_runner<Backend>::run_rescored() {
+  if (c_.method == method_kind::lava) return run_score(snap_kv{}, lava{});
+  if (c_.method == method_kind::rkv) {
+    return run_score(snap_kv{}, r_kv{.lambda = c_.lambda, .weight = {.threshold = c_.threshold, .recent = c_.similar}});
+  }
+  return run_score(defensive_kv{.attention_pool = c_.attention_pool}, defensive_rescoring<>{.mass = c_.mass});
+}
+
+template <tensor_backend Backend>
 selection policy_runner<Backend>::run_observed_attention() {
+  if (c_.method == method_kind::keyformer) {
+    return run_score(keyformer{.temperature = c_.temperature, .seed = c_.seed});
+  }
   if (c_.rescoring == rescoring_kind::none) return run_score(observed_attention{});
   return run_score(observed_attention{}, caote_rescoring_of(c_));
 }
@@ -217,6 +253,8 @@ selection policy_runner<Backend>::run_positions() {
 #define RESTKV_CLI_ATTENTION_SCORES(PREFIX, BACKEND)                                      \
   PREFIX template restkv::cli::selection restkv::cli::policy_runner<BACKEND>::run_snap_kv(); \
   PREFIX template restkv::cli::selection restkv::cli::policy_runner<BACKEND>::run_observed_attention();
+#define RESTKV_CLI_RESCORED_SCORES(PREFIX, BACKEND) \
+  PREFIX template restkv::cli::selection restkv::cli::policy_runner<BACKEND>::run_rescored();
 #define RESTKV_CLI_VALUE_SCORES(PREFIX, BACKEND)                                         \
   PREFIX template restkv::cli::selection restkv::cli::policy_runner<BACKEND>::run_sizes(); \
   PREFIX template restkv::cli::selection restkv::cli::policy_runner<BACKEND>::run_outputs();

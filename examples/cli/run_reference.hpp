@@ -36,5 +36,6 @@ static_assert(tensor_backend<remembering_reference>);
 }  // namespace restkv::cli
 
 RESTKV_CLI_ATTENTION_SCORES(extern, restkv::cli::remembering_reference)
+RESTKV_CLI_RESCORED_SCORES(extern, restkv::cli::remembering_reference)
 RESTKV_CLI_VALUE_SCORES(extern, restkv::cli::remembering_reference)
 RESTKV_CLI_CACHE_SCORES(extern, restkv::cli::remembering_reference)

@@ -20,7 +20,9 @@ TRACE_2K = os.path.join(DATA, 'trace-2k.safetensors')
 PER_QUERY_HEAD = {'rest_kv_released', 'rest_kv_paper', 'rest_kv_paper_no_pool', 'snap_kv_query_heads',
                   'streaming_llm_query_heads', 'random_query_heads'}
 PER_KV_HEAD = {'full_cache', 'standard', 'lowest_error', 'rest_kv_released_kv_heads', 'caote', 'fast_caote', 'drop_kv',
-               'snap_kv_kv_heads', 'ada_kv', 'pyramid_kv', 'chunk_kv', 'h2o', 'h2o_mean', 'tova', 'vatp', 'critical_kv',
+               'snap_kv_kv_heads', 'ada_kv', 'pyramid_kv', 'chunk_kv', 'h2o', 'h2o_mean', 'keyformer', 'tova', 'r_kv', 'vatp',
+               'critical_kv', 'critical_ada_kv', 'h2o_caote', 'defensive_kv', 'lava', 'cake', 'lava_layers',
+               'layer_defensive_kv', 'la_prox_global', 'lowest_error_global',
                'snap_kv_caote', 'ob_cache_value', 'ob_cache_key', 'ob_cache_joint', 'la_prox', 'an_d_pro', 'knorm',
                'key_diff', 'lag_kv', 'cur_dkv', 'leverage_score', 'key_redundancy', 'value_range', 'expected_attention',
                'q_filter', 'cap_kv', 'la_cache', 'streaming_llm_kv_heads', 'random_kv_heads'}
@@ -154,7 +156,7 @@ class Policies(TestOfCompare):
         self.assertEqual([line.split()[0] for line in text.splitlines() if line.startswith(' ')], listed)
         headings = [line for line in text.splitlines() if not line.startswith(' ')]
         self.assertEqual([re.search(r'\((\w+)\)', line)[1] for line in headings],
-                         ['full', 'deletion', 'attention', 'values', 'cache', 'queries', 'position'])
+                         ['full', 'deletion', 'attention', 'values', 'cache', 'queries', 'model', 'position'])
 
     def test_choice_keeps_the_order_of_the_table(self):
         output = compare(self.small_trace(), '--policies', 'random_kv_heads,standard', '--budgets', '46,40,46')
@@ -205,6 +207,22 @@ class Crossed(TestOfCompare):
         self.assertEqual(results['vatp+uniform', 40]['mean'], plain['vatp', 40]['mean'])
         self.assertEqual(results['vatp+pyramid', 40]['bytes'], plain['vatp', 40]['bytes'])
         self.assertNotEqual(results['vatp+pyramid', 40]['mean'], plain['vatp', 40]['mean'])
+
+    def test_budgets_over_layers(self):
+        trace = self.small_trace()
+        output = compare(trace, '--policies', 'snap_kv_kv_heads,snap_kv_query_heads,standard,critical_kv', '--budgets',
+                         '40,global,lava,cake')
+        results = results_of(output)
+        plain = results_of(compare(trace, '--policies', 'snap_kv_kv_heads', '--budgets', '40'))['snap_kv_kv_heads', 40]
+        for name in ('snap_kv_kv_heads+global', 'snap_kv_kv_heads+lava', 'snap_kv_kv_heads+cake', 'standard+global'):
+            self.assertEqual(results[name, 40]['bytes'], plain['bytes'], name)
+            self.assertNotEqual(results[name, 40]['mean'], plain['mean'], name)
+        for name, words in (('snap_kv_query_heads+global', 'one kept set per KV head'), ('standard+cake', 'snapkv'),
+                            ('critical_kv+lava', 'layers do not compete by its scores')):
+            self.assertIn(words, results[name, 40]['error'], name)
+        # A budget of everything keeps everything.
+        for result in compare(trace, '--policies', 'standard', '--budgets', '96,global,lava')['results']:
+            self.assertEqual(result['mean'], 0, result)
 
     def test_groups(self):
         output = compare(self.small_trace(), '--group', 'cache,full', '--budgets', '40')

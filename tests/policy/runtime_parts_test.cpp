@@ -5,6 +5,7 @@
 
 #include <restkv/reference/backend.hpp>
 #include <restkv/runtime_parts.hpp>
+#include <restkv/runtime_scores.hpp>
 #include <restkv/select.hpp>
 
 #include <string>
@@ -120,4 +121,45 @@ TEST_CASE("a part chosen at run time reports the parameters of the part it holds
   const token_reach reach = any_spatial{average_pool{.width = 7}}.reach({});
   CHECK(reach.first == -3);
   CHECK(reach.last == 3);
+}
+
+TEST_CASE("a head score chosen at run time scores as the score it holds") {
+  random_engine random(9);
+  const sample_layer layer(random);
+  const problem_shape shape = shape_of(layer.view);
+  const auto same = [&](const auto& chosen, const auto& score) {
+    const index_t elements = scratch_size_of(score, shape);
+    CHECK(scratch_size_of(chosen, shape) == elements);
+    for (index_t head = 0; head < 4; ++head) {
+      const head_view<float> view(layer.view, shape, 0, head);
+      std::vector<float> scratch(static_cast<std::size_t>(elements));
+      std::vector<float> wanted(50), got(50, -7.0f);
+      score.score_head(view, std::span<float>(wanted), std::span<float>(scratch));
+      chosen.score_head(view, std::span<float>(got), std::span<float>(scratch));
+      CHECK(got == wanted);
+    }
+  };
+  const auto of_kv_head = [&](const auto& score) { same(any_head_score{{.choice = score}}, score); };
+  of_kv_head(knorm{});
+  of_kv_head(key_diff{});
+  of_kv_head(lag_kv{.sink = 2, .lag = 8});
+  of_kv_head(cur_dkv{});
+  of_kv_head(leverage_score{.sketch = 4});
+  of_kv_head(key_redundancy{});
+  of_kv_head(value_range{});
+  std::vector<float> filters(2 * 8, 0.5f);
+  of_kv_head(q_filter{.filters = {filters.data(), {2, 8}}});
+  std::vector<double> mean_query(4 * 8, 0.25);
+  const tensor_view<const double, 3> mean_view(mean_query.data(), {1, 4, 8});
+  const cap_kv cap{.mean = mean_view};
+  same(any_query_head_score{{.choice = cap}}, cap);
+  const expected_attention expected{.mean = mean_view, .use_covariance = false};
+  same(any_query_head_score{{.choice = expected}}, expected);
+
+  CHECK(std::string(any_head_score{{.choice = lag_kv{.lag = 0}}}.check().message()) ==
+        "lag of lag_kv is 0, must be within [1, 2147483647]");
+  CHECK(std::string(any_head_score{{.choice = q_filter{}}}.check(shape).message()) == "q_filter has no filters");
+  CHECK(any_head_score{}.check().ok());
+  CHECK(any_head_score{}.check(shape).ok());
+  CHECK(!any_query_head_score{}.check(shape).ok());  // no mean
 }

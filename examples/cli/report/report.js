@@ -68,30 +68,59 @@
   // ---- figures ---------------------------------------------------------------------------------------------------
 
   const any_layer = [['all', 'all layers'], ...layer_options];
-  const table_layer = add_select(document.getElementById('table-controls'), 'in', any_layer, 'all', () => fill_table());
+  const table_controls = document.getElementById('table-controls');
+  const table_layer = add_select(table_controls, 'in', any_layer, 'all', () => fill_table());
+  const table_order = add_select(table_controls, 'order', [['', 'groups'],
+    ...data.budgets.map((budget) => [String(budget), `error at ${budget}`])],
+    String(data.budgets[Math.min(1, data.budgets.length - 1)]), () => fill_table());
+  const title_of_group = new Map(data.groups.map((group) => [group.name, group.title]));
+
+  // 1 for the smallest error of a budget; the full cache is no competitor. Policies with the same error share a rank.
+  const ranks_at = (budget, layer) => {
+    const errors = data.policies.filter((policy) => policy.name !== 'full_cache')
+      .map((policy) => [policy.name, figures_of(policy.name, budget, layer)])
+      .filter(([, figures]) => figures !== null).map(([name, figures]) => [name, figures.mean]);
+    return new Map(errors.map(([name, error]) => [name, 1 + errors.filter(([, other]) => other < error).length]));
+  };
 
   const fill_table = () => {
+    const layer = table_layer.value;
+    const ranks = new Map(data.budgets.map((budget) => [String(budget), ranks_at(budget, layer)]));
     const head = element('thead', '');
     const top = element('tr', '');
     const second = element('tr', '');
     top.append(element('th', 'tokens per query head'));
     second.append(element('th', 'policy'));
     for (const budget of data.budgets) {
-      top.append(element('th', String(budget), {colSpan: 4, className: 'begin'}));
-      second.append(element('th', 'bytes', {className: 'begin'}), element('th', 'error'), element('th', 'worst'),
-        element('th', 'ratio'));
+      top.append(element('th', String(budget), {colSpan: 6, className: 'begin'}));
+      second.append(element('th', 'rank', {className: 'begin'}), element('th', 'error'), element('th', 'worst'),
+        element('th', 'ratio'), element('th', 'bytes'), element('th', 'ms a layer'));
     }
     head.append(top, second);
     const body = element('tbody', '');
-    for (const policy of data.policies) {
+    const order = ranks.get(table_order.value);
+    const policies = [...data.policies];
+    const place = (policy) => (policy.name === 'full_cache' ? 0 : order.get(policy.name) || Infinity);
+    if (order) policies.sort((a, b) => (place(a) === place(b) ? 0 : place(a) - place(b)));
+    let group = null;
+    for (const policy of policies) {
+      if (!order && policy.group !== group) {
+        const heading = element('tr', '');
+        heading.append(element('th', title_of_group.get(policy.group), {colSpan: 1 + 6 * data.budgets.length}));
+        heading.firstChild.style.textAlign = 'left';
+        body.append(heading);
+      }
+      group = policy.group;
       const row = element('tr', '');
       row.append(element('td', policy.name, {title: policy.description}));
       for (const budget of data.budgets) {
-        const figures = figures_of(policy.name, budget, table_layer.value);
-        const ratio = figures && ratio_of(budget, table_layer.value, 'mean', figures.mean);
-        const texts = figures === null ? ['–', '–', '–', '–'] : [
-          bytes_text(find_result(policy.name, budget).bytes), digits(figures.mean), digits(figures.worst), times(ratio)];
-        row.append(...texts.map((text, i) => element('td', text, {className: ['begin', '', '', 'ratio'][i]})));
+        const figures = figures_of(policy.name, budget, layer);
+        const result = find_result(policy.name, budget);
+        const rank = ranks.get(String(budget)).get(policy.name);
+        const texts = figures === null ? Array(6).fill('–') : [
+          rank === undefined ? '–' : String(rank), digits(figures.mean), digits(figures.worst),
+          times(ratio_of(budget, layer, 'mean', figures.mean)), bytes_text(result.bytes), digits(result.milliseconds)];
+        row.append(...texts.map((text, i) => element('td', text, {className: ['begin', '', '', 'ratio', '', ''][i]})));
       }
       body.append(row);
     }
@@ -129,7 +158,12 @@
     [['mean', 'over all queries'], ['worst', 'of the worst query']], 'mean', redraw_error);
   const error_layer = add_select(error_controls, 'in', any_layer, 'all', redraw_error);
   let error_chart = null;
-  const hidden = new Set();
+  // Of many curves, those of the best policies are shown, and the baseline.
+  const most_curves = 12;
+  const middle = data.budgets[Math.min(1, data.budgets.length - 1)];
+  const rank_at_middle = ranks_at(middle, 'all');
+  const hidden = new Set(drawn.length <= most_curves + 2 ? [] : drawn.map((policy) => policy.name)
+    .filter((name) => name !== data.baseline && !(rank_at_middle.get(name) <= most_curves)));
 
   const error_dataset = (policy) => {
     const points = [];
