@@ -86,10 +86,10 @@ void rank(const configuration& c, const selection& chosen, const std::vector<boo
     if (!is_protected) ranking.push_back({u * c.unit, score_of(u)});
   }
   const auto is_better = [](const ranked_unit& a, const ranked_unit& b) {
-    if (std::isnan(a.score) || std::isnan(b.score)) return !std::isnan(a.score);
-    return a.score > b.score;
+    if (std::isnan(a.score) != std::isnan(b.score)) return std::isnan(b.score);
+    return a.score > b.score || (!(b.score > a.score) && a.first < b.first);
   };
-  std::stable_sort(ranking.begin(), ranking.end(), is_better);
+  std::sort(ranking.begin(), ranking.end(), is_better);
   e.candidates = static_cast<index_t>(ranking.size());
   for (index_t i = 0; i < e.candidates; ++i) {
     const ranked_unit& unit = ranking[static_cast<std::size_t>(i)];

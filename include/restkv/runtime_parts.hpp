@@ -4,6 +4,9 @@
 /// kind and behaves exactly like it; one instantiation of `select` then serves all of them.
 #pragma once
 
+#include <restkv/budget/budget_table.hpp>
+#include <restkv/budget/duo_attention.hpp>
+#include <restkv/budget/head_kv.hpp>
 #include <restkv/policy.hpp>
 
 #include <type_traits>
@@ -87,7 +90,7 @@ struct any_spatial {
 
 /// A budget allocator.
 struct any_budget {
-  std::variant<uniform, pyramid, ada_kv> choice{};  ///< the part it behaves like
+  std::variant<uniform, pyramid, ada_kv, head_kv, budget_table, duo_attention> choice{};  ///< the part it behaves like
 
   ///@{
   /// See `budget_allocator`; as the choice.

@@ -123,6 +123,34 @@ TEST_CASE("a part chosen at run time reports the parameters of the part it holds
   CHECK(reach.last == 3);
 }
 
+TEST_CASE("a budget chosen at run time divides as the allocator it holds") {
+  const std::vector<float> importance{3, 1, 2, 2};
+  const std::vector<budget_size> sizes{5, 9, 7, budget_size::keep_ratio(0.5)};
+  const std::vector<std::uint8_t> retrieves{1, 0, 0, 1};
+  const auto same = [](const auto& fixed) {
+    const any_budget chosen{.choice = fixed};
+    for (index_t layer = 0; layer < 2; ++layer) {
+      const budget_problem problem{.heads = 2, .length = 20, .candidates = 18, .layer = layer, .layers = 2};
+      CHECK(chosen.tokens_per_head(problem) == fixed.tokens_per_head(problem));
+      CHECK(chosen.most_per_head(problem) == fixed.most_per_head(problem));
+      CHECK(chosen.deciding_keys(problem) == fixed.deciding_keys(problem));
+      CHECK(chosen.chosen_in_layer(problem) == chosen_in_layer(fixed, problem));
+      CHECK(chosen.check(problem).ok());
+      std::vector<std::uint32_t> keys(40, 1);
+      const tensor_view<const std::uint32_t, 2> view(keys.data(), {2, 20});
+      std::vector<index_t> got(2), wanted(2);
+      std::vector<double> scratch(2);
+      chosen.allocate(problem, view, got, scratch);
+      fixed.allocate(problem, view, wanted, scratch);
+      CHECK(got == wanted);
+    }
+    CHECK(!chosen.check(budget_problem{.heads = 2, .length = 20, .candidates = 18, .layer = 2, .layers = 3}).ok());
+  };
+  same(head_kv{.budget = 8, .importance = {{importance.data(), {2, 2}}}});
+  same(budget_table{.budgets = {{sizes.data(), {2, 2}}}});
+  same(duo_attention{.retrieval_heads = {{retrieves.data(), {2, 2}}}});
+}
+
 TEST_CASE("a head score chosen at run time scores as the score it holds") {
   random_engine random(9);
   const sample_layer layer(random);
