@@ -24,9 +24,9 @@ template <element T>
   return counting.required_bytes();
 }
 
-/// Exchanges kept tokens for candidates as long as that lowers the objective of `set_error`, and never lets the first
-/// part of it, the error over the observed queries, rise. Totals stay: each exchange takes one token out of the layer's
-/// sets and brings one in, in the same head or in another one of the same sequence (up to `kept.capacity()`). `kept` is
+/// Exchanges kept tokens for candidates as long as that lowers the objective of `set_error`; the first part of it, the
+/// error over the observed queries, never ends above where it began. Totals stay: each exchange takes one token out of
+/// the layer's sets and brings one in, in the same head or in another one of the same sequence (up to `kept.capacity()`). `kept` is
 /// the start and the result: use what `select` chose. `candidates`: what may enter, for example what `select` keeps
 /// with three times the budget; need not hold the kept tokens. One set a KV head, or one a query head. Positions
 /// ascend.

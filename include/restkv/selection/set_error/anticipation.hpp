@@ -20,16 +20,17 @@ namespace restkv {
 /// Queries that are repeated over the positions to come: the `count` queries that end `age` before the newest one, the
 /// newest last, as often as the horizon asks for.
 struct query_block {
-  index_t age = 0;     ///< queries between the newest one and the newest of the block
-  index_t count = 32;  ///< queries of the block
-  float weight = 1;    ///< of each of its rows, for `set_error::weights`
+  index_t age = 0;         ///< queries between the newest one and the newest of the block
+  index_t count = 32;      ///< queries of the block
+  float weight = 1;        ///< of each of its rows, for `set_error::weights`
   float noise_weight = 1;  ///< likewise, for `set_error::noise_weights`
 };
 
 /// The newest queries in three guesses: the last 16 twice, the 32 before the last 32, and the last 32. The last block
-/// is what a policy with a window of 32 sees.
+/// is what a policy with a window of 32 sees. The older queries hardly count for the error of the set, and fully for
+/// its noise: what comes resembles the newest, and still may ask for what the older ones looked at.
 inline constexpr std::array<query_block, 3> default_query_blocks{
-    query_block{0, 16, 1.0f, 1.0f}, query_block{32, 32, 0.15f, 0.5f}, query_block{0, 32, 1.0f, 1.0f}};
+    query_block{0, 16, 1.0f, 1.0f}, query_block{32, 32, 0.05f, 1.0f}, query_block{0, 32, 1.0f, 1.0f}};
 
 /// How the queries to come are guessed: those of the prompt's end come again, at the positions behind it.
 struct anticipation {

@@ -15,8 +15,8 @@ namespace restkv {
 
 /// A `group_metric` as `refine_set_error` reads it.
 struct group_metric_view {
-  /// G[i, k] = W[i]^T W[k] of the query heads i <= k of each group, pairs in the order (0, 0), (0, 1), .., (1, 1), ..
-  /// Rows are padded. [kept_heads, pairs, head_dim, padded head_dim]
+  /// G[i, k] = W[i]^T W[k] of the query heads i <= k of each group, pairs ordered by i, then by k. Rows are padded.
+  /// [kept_heads, pairs, head_dim, padded head_dim]
   tensor_view<const float, 4> gram{};
 
   /// True where no metric was prepared.

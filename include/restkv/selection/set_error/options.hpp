@@ -36,7 +36,7 @@ struct set_error {
   /// is.
   float attention_noise = 4.0f;
   /// Rounds of exchanges at most. Each looks at every token that takes part once, and at up to 6 sets.
-  index_t passes = 12;
+  index_t passes = 32;
   /// Tokens that never leave; those of `layer_view::keep_mask` do not either.
   protection protect{.sink = 0, .recent = 32};
 

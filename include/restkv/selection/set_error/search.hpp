@@ -95,8 +95,8 @@ class set_error_run {
         const index_t moved = exchange_best(count);
         if (moved == 0) break;
         steps_.evaluate(m_.trial, m_.next);
-        // Both sets are evaluated from the same shares, so the margin is above what rounding makes of them. The observed
-        // error may give way to the noise on the way, but not beyond where it began.
+        // Both sets are evaluated from the same shares, so the margin is above what rounding makes of them. The
+        // observed error may give way to the noise on the way, but not beyond where it began.
         if (m_.next.total < m_.now.total * (1 - 2e-6) && m_.next.window <= window_before) {
           std::swap(m_.now, m_.next);
           std::swap(m_.states, m_.trial);
