@@ -51,7 +51,8 @@ void list_policies(const invocation& run, const comparison_request& request) {
   for (const compared_policy& policy : policies) width = std::max(width, policy.name.size());
   const std::string* group = nullptr;
   for (const compared_policy& policy : policies) {
-    if (group == nullptr || *group != policy.group) print(fmt::format("{} ({})\n", title_of(policy.group), policy.group));
+    if (group == nullptr || *group != policy.group)
+      print(fmt::format("{} ({})\n", title_of(policy.group), policy.group));
     group = &policy.group;
     print(fmt::format("  {:<{}}  {}\n", policy.name, width, policy.description));
   }
@@ -147,9 +148,10 @@ void add_compare_command(CLI::App& app, invocation& run) {
   add_output_options(command, run);
   command.add_option("trace", options->trace,
                      "A safetensors file with layers.<i>.{q,k,v,wo,q_future,k_future,v_future}");
-  command.add_option("--budgets", options->budgets,
-                     "Tokens kept per query head, window included; and uniform, pyramid, adakv, global, lava, cake: each policy under "
-                     "each")
+  command
+      .add_option("--budgets", options->budgets,
+                  "Tokens kept per query head, window included; and uniform, pyramid, adakv, global, lava, cake: each "
+                  "policy under each")
       ->delimiter(',')
       ->capture_default_str();
   command.add_option("--layers", options->layers, "Layers of the trace to compare; all when not given")->delimiter(',');
@@ -166,7 +168,8 @@ void add_compare_command(CLI::App& app, invocation& run) {
       ->check(CLI::Range(1, 1000))
       ->capture_default_str();
   command.add_flag("--per-layer", options->per_layer, "Show each layer by itself too");
-  command.add_option("--out", options->csv, "Write a table (CSV) to this file: a line for each policy, budget and layer");
+  command.add_option("--out", options->csv,
+                     "Write a table (CSV) to this file: a line for each policy, budget and layer");
   command.add_flag("--kept", options->kept, "With --json: which tokens were kept, too");
   command.add_option("--report", options->report, "Write an HTML report to this file");
   command.callback([&run, options] { run_compare(run, *options); });

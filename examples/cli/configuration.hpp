@@ -68,10 +68,37 @@ template <class Enum>
 struct names;
 template <>
 struct names<method_kind> {
-  static constexpr std::array values{
-      "restkv", "caote", "fastcaote", "snapkv", "adakv", "h2o", "tova", "keyformer", "vatp", "dropkv",
-      "obcache", "laprox", "andpro", "criticalkv", "lava", "defensivekv", "rkv", "knorm", "keydiff", "lagkv", "curdkv", "leverage", "expectedattention", "qfilter",
-      "capkv", "keyredundancy", "valuerange", "lacache", "streamingllm", "random", "set_error"};
+  static constexpr std::array values{"restkv",
+                                     "caote",
+                                     "fastcaote",
+                                     "snapkv",
+                                     "adakv",
+                                     "h2o",
+                                     "tova",
+                                     "keyformer",
+                                     "vatp",
+                                     "dropkv",
+                                     "obcache",
+                                     "laprox",
+                                     "andpro",
+                                     "criticalkv",
+                                     "lava",
+                                     "defensivekv",
+                                     "rkv",
+                                     "knorm",
+                                     "keydiff",
+                                     "lagkv",
+                                     "curdkv",
+                                     "leverage",
+                                     "expectedattention",
+                                     "qfilter",
+                                     "capkv",
+                                     "keyredundancy",
+                                     "valuerange",
+                                     "lacache",
+                                     "streamingllm",
+                                     "random",
+                                     "set_error"};
 };
 template <>
 struct names<query_order> {
@@ -181,7 +208,9 @@ struct configuration {
   index_t overlap = 0;
 
   /// True for methods that score each query of an observation window.
-  [[nodiscard]] bool observes() const noexcept { return method < method_kind::knorm || method == method_kind::set_error; }
+  [[nodiscard]] bool observes() const noexcept {
+    return method < method_kind::knorm || method == method_kind::set_error;
+  }
   /// True for methods that look at queries in some way.
   [[nodiscard]] bool reads_queries() const noexcept {
     return observes() || method == method_kind::expectedattention || method == method_kind::qfilter ||
@@ -263,7 +292,8 @@ void visit_keys(Configuration& c, const Visit& visit) {
   visit(key_facts{"normalize", "--normalize", "Compare heads by concentration, for adakv"}, c.normalize);
   visit(key_facts{"beta", "--beta", "Steepness, for pyramid"}, c.beta);
   visit(key_facts{"rounding", "--rounding", "Exact totals, or as released, for pyramid"}, c.rounding);
-  visit(key_facts{"layer_index", "--layer-index", "Which layer of the model this is, for pyramid and lacache"}, c.layer_index);
+  visit(key_facts{"layer_index", "--layer-index", "Which layer of the model this is, for pyramid and lacache"},
+        c.layer_index);
   visit(key_facts{"layer_count", "--layer-count", "Layers of the model, for pyramid and lacache"}, c.layer_count);
   visit(key_facts{"n_sink", "--sink", "First tokens that are always kept"}, c.n_sink);
   visit(key_facts{"recent", "--recent", "Newest tokens that are always kept"}, c.recent);
@@ -272,7 +302,8 @@ void visit_keys(Configuration& c, const Visit& visit) {
   visit(key_facts{"shared", "--shared", "One kept set for all heads of a layer"}, c.shared);
   visit(key_facts{"seed", "--seed", "Of the random scores, of keyformer and leverage"}, c.seed);
   visit(key_facts{"temperature", "--temperature", "Of the softmax, for keyformer"}, c.temperature);
-  visit(key_facts{"attention_pool", "--attention-pool", "Tokens over which a query's attention is spread, for defensivekv"},
+  visit(key_facts{"attention_pool", "--attention-pool",
+                  "Tokens over which a query's attention is spread, for defensivekv"},
         c.attention_pool);
   visit(key_facts{"part", "--part", "What is taken away, for obcache"}, c.part);
   visit(key_facts{"lag_size", "--lag-size", "Tokens of a chunk, for lagkv"}, c.lag_size);
@@ -293,8 +324,10 @@ void visit_keys(Configuration& c, const Visit& visit) {
                   "Base of RoPE, for the queries to come of expectedattention and capkv; 0: those recorded"},
         c.rope_theta);
   visit(key_facts{"n_future", "--n-future", "Positions to come, for expectedattention and capkv"}, c.n_future);
-  visit(key_facts{"threshold", "--threshold", "Cosine above which keys are similar, for keyredundancy and rkv"}, c.threshold);
-  visit(key_facts{"similar", "--similar", "Latest similar keys that do not count, for keyredundancy and rkv"}, c.similar);
+  visit(key_facts{"threshold", "--threshold", "Cosine above which keys are similar, for keyredundancy and rkv"},
+        c.threshold);
+  visit(key_facts{"similar", "--similar", "Latest similar keys that do not count, for keyredundancy and rkv"},
+        c.similar);
   visit(key_facts{"span", "--span", "Layers over which a token is repeated, for lacache"}, c.span);
   visit(key_facts{"overlap", "--overlap", "Overlap of such runs, for lacache"}, c.overlap);
 }

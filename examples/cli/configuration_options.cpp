@@ -50,7 +50,8 @@ configuration policy_of(const std::string& name) {
     if (name == preset_name) return preset(name);
     all += std::string(preset_name) + ", ";
   }
-  for (const named_policy& policy : policy_table()) all += policy.name + (&policy == &policy_table().back() ? "" : ", ");
+  for (const named_policy& policy : policy_table())
+    all += policy.name + (&policy == &policy_table().back() ? "" : ", ");
   throw input_error(fmt::format("there is no preset {}; known are: {}", one_line(name), all));
 }
 
@@ -83,7 +84,8 @@ configuration configuration_options::over(const std::string* case_text, const st
 void add_configuration_options(CLI::App& command, configuration_options& options) {
   options.keys = std::make_shared<nlohmann::json>(nlohmann::json::object());
   CLI::Option& preset = *command.add_option(
-      "--preset", options.preset, "A policy by name (see compare --list-policies) instead of the file's; its budget and window stay");
+      "--preset", options.preset,
+      "A policy by name (see compare --list-policies) instead of the file's; its budget and window stay");
   configuration c;
   visit_keys(c, [&]<class Value>(const key_facts& key, Value&) { add_key_option<Value>(command, key, options.keys); });
   preset.group("Configuration")->excludes("--method");

@@ -113,7 +113,8 @@ explanation explain(const configuration& c, const layer_view<float>& layer, cons
   if (head >= chosen.heads) {
     throw input_error(fmt::format("{}: head {} does not exist: the kept set has {}", where, head, chosen.heads));
   }
-  if (token >= tokens) throw input_error(fmt::format("{}: token {} does not exist: there are {}", where, token, tokens));
+  if (token >= tokens)
+    throw input_error(fmt::format("{}: token {} does not exist: there are {}", where, token, tokens));
   explanation e;
   e.head = head;
   e.token = token;

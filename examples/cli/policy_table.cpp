@@ -77,7 +77,9 @@ std::vector<named_policy> make_table() {
   add("defensive_kv", preset("defensive_kv"), "DefensiveKV: the worst case over queries and group, heads compete.");
   add("lava", preset("lava"), "LAVa in each layer: attention times the head's largest value, heads compete.");
   for (const ob_cache_part part : {ob_cache_part::value, ob_cache_part::key, ob_cache_part::joint}) {
-    add(part == ob_cache_part::value ? "ob_cache_value" : part == ob_cache_part::key ? "ob_cache_key" : "ob_cache_joint",
+    add(part == ob_cache_part::value ? "ob_cache_value"
+        : part == ob_cache_part::key ? "ob_cache_key"
+                                     : "ob_cache_joint",
         with(preset("ob_cache"), [part](auto& c) { c.part = part; }),
         part == ob_cache_part::value ? "OBCache, the value taken away, Ada-KV budgets."
         : part == ob_cache_part::key ? "OBCache, the key taken away, Ada-KV budgets."

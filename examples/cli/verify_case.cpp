@@ -195,8 +195,8 @@ void take_first_stage_of_source(configuration& c, index_t tokens, file_outcome& 
   const double source = std::floor((1.0 - c.compression_ratio) * static_cast<double>(tokens) * part);
   if (ours == source) return;
   c.first_stage_ratio = static_cast<float>((source + 0.5) / budget);
-  outcome.notes.push_back(fmt::format("first stage of {} tokens, from a budget that is not rounded; ours has {}", source,
-                                      ours));
+  outcome.notes.push_back(
+      fmt::format("first stage of {} tokens, from a budget that is not rounded; ours has {}", source, ours));
 }
 
 }  // namespace
