@@ -75,16 +75,24 @@ class measurement {
     for (int i = 0; i < seeds; ++i) {
       if (policy.seeded) c.seed = request_.seed + static_cast<std::uint64_t>(i);
       selection chosen;
-      output_errors errors;
       try {
-        chosen = c.over_layers() ? share_of_layer(c, policy, index, budget) : select(c, layer.prompt());
-        require(measure(chosen, layer, errors), "");
+        if (policy.refined != refinement::none) {
+          refined_selection refined =
+              select_anticipated(layer, policy.refined, c.budget, c.rope_theta, request_.threads);
+          figures.mean += refined.mean / seeds;
+          figures.worst += refined.worst / seeds;
+          chosen = std::move(refined.chosen);
+        } else {
+          output_errors errors;
+          chosen = c.over_layers() ? share_of_layer(c, policy, index, budget) : select(c, layer.prompt());
+          require(measure(chosen, layer, errors), "");
+          figures.mean += errors.mean_relative() / seeds;
+          figures.worst += errors.worst_relative() / seeds;
+        }
       } catch (const input_error& problem) {
         cell.problem = problem.what();
         return;
       }
-      figures.mean += errors.mean_relative() / seeds;
-      figures.worst += errors.worst_relative() / seeds;
       figures.seconds += chosen.seconds / seeds;
       if (i > 0) continue;
       figures.runs = runs_of(chosen.kept());
@@ -153,14 +161,15 @@ std::vector<compared_policy> compared_policies(const comparison_request& request
   std::vector<compared_policy> rows;
   const auto add = [&](const named_policy& policy) {
     const configuration& c = policy.policy;
-    const index_t window = c.observes() && !c.scores_window() ? c.window : 0;
+    const bool keeps_window = c.observes() && !c.scores_window() && policy.refined == refinement::none;
+    const index_t window = keeps_window ? c.window : 0;
     rows.push_back({policy, c.n_sink, std::max(window, c.protected_recent())});
   };
   for (const named_policy& policy : policy_table()) {
     if (!is_wanted(request.policies, policy.name) || !is_wanted(request.groups, policy.group)) continue;
-    if (request.allocations.empty() || policy.keeps_all) add(policy);
+    if (request.allocations.empty() || policy.keeps_all || policy.refined != refinement::none) add(policy);
     for (const allocation_kind allocation : request.allocations) {
-      if (policy.keeps_all) continue;
+      if (policy.keeps_all || policy.refined != refinement::none) continue;
       named_policy crossed = policy;
       crossed.name += std::string("+") + name_of(allocation);
       crossed.policy.allocation = allocation;

@@ -44,7 +44,12 @@ void add_key_option(CLI::App& command, const key_facts& key, const std::shared_p
 
 /// A policy by its name in the table, or in the library.
 configuration policy_of(const std::string& name) {
-  if (const named_policy* known = find_policy(name); known != nullptr) return known->policy;
+  if (const named_policy* known = find_policy(name); known != nullptr) {
+    if (known->refined != refinement::none) {
+      throw input_error(fmt::format("{} is more than a selection from the prompt: only compare has it", name));
+    }
+    return known->policy;
+  }
   std::string all;
   for (const char* preset_name : {"snap_kv", "streaming_llm", "random"}) {
     if (name == preset_name) return preset(name);

@@ -53,6 +53,18 @@ std::vector<named_policy> make_table() {
   add("fast_caote", preset("fast_caote"), "FastCAOTE: the mean value in place of the output.");
   add("drop_kv", preset("drop_kv"), "DropKV: squared deletion errors of 8 queries, max pool 11, Ada-KV budgets.");
 
+  group = "coming";
+  const auto refine = [&](const char* name, refinement how, const char* description) {
+    add(name, preset("lowest_error"), description);
+    table.back().policy.recent = 8;
+    table.back().refined = how;
+  };
+  refine("anticipated", refinement::anticipated, "lowest_error for the queries to come, anticipated from the prompt.");
+  refine("set_error", refinement::set_error, "The same, its set refined for the error that all evictions make together.");
+  refine("anticipated_fitted", refinement::anticipated_fitted,
+         "anticipated, the kept values fitted to the outputs of the full cache.");
+  refine("set_error_fitted", refinement::set_error_fitted, "set_error, the kept values fitted likewise.");
+
   group = "attention";
   add("snap_kv_query_heads", grouped_by(preset("snap_kv"), group_reduce::none),
       "SnapKV as published: one kept set per query head.");
@@ -135,6 +147,7 @@ std::vector<named_policy> make_table() {
 const std::vector<policy_group>& policy_groups() {
   static const std::vector<policy_group> groups{{"full", "Full cache"},
                                                 {"deletion", "Deletion error"},
+                                                {"coming", "Queries to come, sets and fits"},
                                                 {"attention", "Attention"},
                                                 {"values", "Attention and values"},
                                                 {"cache", "Keys and values, no queries"},

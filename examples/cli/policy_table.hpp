@@ -3,6 +3,7 @@
 /// Policies by name: what `restkv compare` compares, `--preset` takes and the gallery shows.
 #pragma once
 
+#include "anticipated.hpp"
 #include "configuration.hpp"
 
 #include <string>
@@ -24,6 +25,7 @@ struct named_policy {
   configuration policy;
   bool seeded = false;  ///< drawn at random: repeated with several seeds
   bool keeps_all = false;
+  refinement refined = refinement::none;  ///< what is done beyond the policy's selection
 };
 
 /// The headings, in their order.

@@ -19,7 +19,8 @@ PROGRAM, DATA, TEST_DATA, WITH_PLOTS = sys.argv[1:]
 TRACE_2K = os.path.join(DATA, 'trace-2k.safetensors')
 PER_QUERY_HEAD = {'rest_kv_released', 'rest_kv_paper', 'rest_kv_paper_no_pool', 'snap_kv_query_heads',
                   'streaming_llm_query_heads', 'random_query_heads'}
-PER_KV_HEAD = {'full_cache', 'standard', 'lowest_error', 'rest_kv_released_kv_heads', 'caote', 'fast_caote', 'drop_kv',
+PER_KV_HEAD = {'full_cache', 'standard', 'lowest_error', 'anticipated', 'set_error', 'anticipated_fitted',
+               'set_error_fitted', 'rest_kv_released_kv_heads', 'caote', 'fast_caote', 'drop_kv',
                'snap_kv_kv_heads', 'ada_kv', 'pyramid_kv', 'chunk_kv', 'h2o', 'h2o_mean', 'keyformer', 'tova', 'r_kv', 'vatp',
                'critical_kv', 'critical_ada_kv', 'h2o_caote', 'defensive_kv', 'lava', 'cake', 'lava_layers',
                'layer_defensive_kv', 'la_prox_global', 'lowest_error_global',

@@ -13,6 +13,8 @@ import sys
 POLICIES = {
     "`standard`": "standard",
     "`lowest_error`": "lowest_error",
+    "… for anticipated queries, values fitted": "anticipated_fitted",
+    "… and the set refined for its joint error": "set_error_fitted",
     "ReST-KV as released, per query head": "rest_kv_released",
     "ReST-KV as in the paper, per query head": "rest_kv_paper",
     "ReST-KV's released score, per KV head": "rest_kv_released_kv_heads",

@@ -19,9 +19,9 @@ using restkv_test::fuzz_layer;
 using restkv_test::require;
 
 template <class Score>
-using any_policy = eviction_policy<Score, any_linear_temporal, any_spatial, any_budget>;
+using any_policy = eviction_policy<Score, any_temporal, any_spatial, any_budget>;
 
-any_linear_temporal random_temporal(byte_source& bytes) {
+any_temporal random_temporal(byte_source& bytes) {
   switch (bytes.within(0, 3)) {
     case 0: return {mean{}};
     case 1: return {ema{.alpha = bytes.parameter()}};

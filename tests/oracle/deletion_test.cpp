@@ -144,11 +144,11 @@ TEMPLATE_TEST_CASE("a score is what deleting the token does, whatever the attent
         CAPTURE(rest, target, int(order), variant.score.tau, variant.score.normalised,
                 int(variant.score.metric_of_distance));
         variant.how.temporal = oracle::reduction::mean;
-        check_scores(layer, make_policy(variant.score, any_linear_temporal{mean{}}), variant.how, count);
+        check_scores(layer, make_policy(variant.score, any_temporal{mean{}}), variant.how, count);
         variant.how.temporal = oracle::reduction::ema;
-        check_scores(layer, make_policy(variant.score, any_linear_temporal{ema{0.3f}}), variant.how, count);
+        check_scores(layer, make_policy(variant.score, any_temporal{ema{0.3f}}), variant.how, count);
         variant.how.temporal = oracle::reduction::last;
-        check_scores(layer, make_policy(variant.score, any_linear_temporal{last{}}), variant.how, count);
+        check_scores(layer, make_policy(variant.score, any_temporal{last{}}), variant.how, count);
       }
     }
   }
@@ -188,7 +188,7 @@ TEST_CASE("a score is what deleting the token does where all values share a larg
   for (int turn = 0; turn < 12; ++turn) {
     variant.next();
     CAPTURE(turn, variant.score.tau, variant.score.normalised, int(variant.score.metric_of_distance));
-    check_scores(layer, make_policy(variant.score, any_linear_temporal{mean{}}), variant.how, count);
+    check_scores(layer, make_policy(variant.score, any_temporal{mean{}}), variant.how, count);
   }
   CHECK(count.eigen_to_1e_4 < count.tokens / 2);  // all of them to 1e-4 of the row's largest
 }
@@ -201,7 +201,7 @@ TEST_CASE("the scores of a group's heads become one by the reduction's definitio
   arranged_layer<float> layer(wide, 9);
   const output_metric metric = attach_metric(layer);
   for (const auto order : {query_order::before, query_order::after}) {
-    auto policy = make_policy(rest_kv{.order = order}, any_linear_temporal{});
+    auto policy = make_policy(rest_kv{.order = order}, any_temporal{});
     const auto heads = select_tokens(reference, policy, layer.view());  // one row per query head
     for (const auto how : {group_reduce::mean, group_reduce::max, group_reduce::sum, group_reduce::l2}) {
       policy.group = how;

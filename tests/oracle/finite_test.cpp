@@ -159,8 +159,8 @@ TEMPLATE_TEST_CASE("finite inputs give finite scores", "", float, half, bfloat16
     arranged_layer<TestType> layer(sizes, 3);
     const output_metric metric = attach_metric(layer);
     kind.make(layer);
-    check_usable(layer, any_linear_temporal{mean{}});
-    check_usable(layer, any_linear_temporal{last{}});
+    check_usable(layer, any_temporal{mean{}});
+    check_usable(layer, any_temporal{last{}});
     if constexpr (std::is_same_v<TestType, float>) check_usable(layer, maximum{});
   }
 }
@@ -178,7 +178,7 @@ TEMPLATE_TEST_CASE("deleting a token that holds all attention does what it does,
         CAPTURE(gap, target, projected);
         const auto policy = make_policy(
             rest_kv{.metric_of_distance = projected ? restkv::metric::projection : restkv::metric::identity},
-            any_linear_temporal{mean{}});
+            any_temporal{mean{}});
         const auto exact = select_tokens(reference, policy, layer.view());
         const auto fast = select_tokens(eigen, policy, layer.view());
         REQUIRE(exact.result.ok());
@@ -217,7 +217,7 @@ TEST_CASE("tokens without effect score nothing") {
   eigen_backend eigen;
   arranged_layer<float> layer(sizes, 4);
   const output_metric metric = attach_metric(layer);
-  const auto policy = make_policy(rest_kv{}, any_linear_temporal{mean{}});
+  const auto policy = make_policy(rest_kv{}, any_temporal{mean{}});
   const auto largest = [&](auto& backend) {
     const auto outcome = select_tokens(backend, policy, layer.view());
     double most = 0;

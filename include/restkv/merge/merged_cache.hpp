@@ -133,7 +133,7 @@ template <class KeyLayout, class ValueLayout, element T>
 
 /// Reads a vector as `Real`. [count]
 template <std::floating_point Real, class T>
-void widen_row(const tensor_view<T, 1>& row, index_t count, Real* out) noexcept {
+void widen_channels(const tensor_view<T, 1>& row, index_t count, Real* out) noexcept {
   for (index_t c = 0; c < count; ++c) out[c] = widen<Real>(row.data[c * row.stride(0)]);
 }
 

@@ -143,10 +143,10 @@ class merged_error_computation {
     double* const value = key + d;
     running_attention sums(d, rows, value + d, value + (1 + rows) * d);
     const auto queries = window_queries(layer_, b, h, rows);
-    for (index_t i = 0; i < rows; ++i) widen_row(queries[i], d, sums.query(i));
+    for (index_t i = 0; i < rows; ++i) widen_channels(queries[i], d, sums.query(i));
     const auto add = [&](index_t position, const auto& key_row, const auto& value_row) {
-      widen_row(key_row, d, key);
-      widen_row(value_row, d, value);
+      widen_channels(key_row, d, key);
+      widen_channels(value_row, d, value);
       for (index_t i = 0; i < rows; ++i) {
         if (position < end - rows + i + 1) sums.add(i, key, value);
       }

@@ -31,7 +31,7 @@ template <element T>
 void widen_padded(const tensor_view<const T, 1>& row, index_t width, float* out) noexcept {
   const index_t count = row.extent(0);
   if (row.stride(0) == 1) {
-    widen_row(row.data, out, count);
+    restkv::widen_row(row.data, out, count);
   } else {
     for (index_t c = 0; c < count; ++c) out[c] = widen<float>(row(c));
   }
