@@ -108,7 +108,7 @@ TEST_CASE("a model's layers while they come in", "[docs]") {
     for (index_t i = 0; i <= l; ++i) {
       if (!selection.evicted(i)) continue;  // nothing to move in this layer
       auto& cache = model[static_cast<std::size_t>(i)];
-      restkv::compact_in_place(backend, selection.slots(i), cache.key, cache.value);
+      restkv::compact_in_place(backend, selection.cache_slots(i), cache.key, cache.value);
     }
     // From here on, all caches so far take no more than the model's budget.
   }

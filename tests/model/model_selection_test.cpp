@@ -364,7 +364,7 @@ bool check_cascade(const Policy& policy, const Budget& budget, const random_mode
             std::iota(cache.begin(), cache.end(), index_t{0});
           }
           std::vector<index_t> compacted;
-          for (const index_t slot : row_of(selection.slots(k), b, h)) {
+          for (const index_t slot : row_of(selection.cache_slots(k), b, h)) {
             compacted.push_back(cache.at(static_cast<std::size_t>(slot)));
           }
           CHECK(compacted == tokens);
@@ -493,7 +493,7 @@ TEST_CASE("32 layers: the model never holds more than its budget, and all of it 
     for (index_t l = 0; l < 32; ++l) {
       throw_if_failed(selection.add_layer(backend, model.view(l), workspace(space)));
       (void)selection.kept(l);
-      (void)selection.slots(l / 2);
+      (void)selection.cache_slots(l / 2);
     }
     const int allocated = allocations - before_run;
     CHECK(allocated == 0);

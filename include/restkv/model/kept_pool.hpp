@@ -44,7 +44,7 @@ class kept_pool {
     return {units_ + first_[row], count(row)};
   }
   /// Where each unit lay in its row before the last `keep_best`; in a row that was new then, `units`.
-  [[nodiscard]] std::span<const position_t> slots(index_t row) const noexcept {
+  [[nodiscard]] std::span<const position_t> cache_slots(index_t row) const noexcept {
     return {slots_ + first_[row], count(row)};
   }
 

@@ -106,7 +106,7 @@ class model_selection {
   /// The same tokens by where they lie in the layer's cache, for `compact`: slots of a cache that was compacted after
   /// each layer that came in, whose heads begin at slot 0; positions, for the layer that came in last. A view of memory
   /// of this object, valid until the next call.
-  [[nodiscard]] kept_tokens slots(index_t l) noexcept {
+  [[nodiscard]] kept_tokens cache_slots(index_t l) noexcept {
     write(l, memory_.slot_positions, true);
     return {memory_.slot_positions, memory_.lengths};
   }
@@ -324,7 +324,7 @@ class model_selection {
   }
 
   /// The tokens of a layer's units, by position or by slot.
-  void write(index_t l, const tensor_view<position_t, 3>& out, bool slots) const noexcept {
+  void write(index_t l, const tensor_view<position_t, 3>& out, bool in_cache) const noexcept {
     const index_t size = unit();
     const bool fresh = l + 1 == layers_;
     for (index_t b = 0; b < batch(); ++b) {
@@ -332,9 +332,9 @@ class model_selection {
         const index_t r = row_of(h);
         const index_t row = l * rows() + r;
         const auto units = memory_.pools[b].units(row);
-        const auto from = slots ? memory_.pools[b].slots(row) : units;
+        const auto from = in_cache ? memory_.pools[b].cache_slots(row) : units;
         const span_t& span = span_of(l, b, r);
-        const index_t begin = slots && !fresh ? 0 : span.begin;
+        const index_t begin = in_cache && !fresh ? 0 : span.begin;
         position_t* const first = out.data + out.offset(b, h, 0);
         position_t* next = first;
         for (std::size_t i = 0; i < units.size(); ++i) {

@@ -133,14 +133,14 @@ class session {
                            "(see evict_if_due)",
                            static_cast<long long>(n), static_cast<long long>(room(layer)));
     }
-    const index_t slots = s.longest() + n;
-    if (attention.extent(0) != plan_.shape.query_heads || attention.extent(1) != n || attention.extent(2) < slots ||
+    const index_t entries = s.longest() + n;
+    if (attention.extent(0) != plan_.shape.query_heads || attention.extent(1) != n || attention.extent(2) < entries ||
         (attention.data == nullptr && n > 0)) {
       return status::error(errc::shape_mismatch, "attention is [%lld, %lld, %lld], [%lld, %lld, %lld] is needed",
                            static_cast<long long>(attention.extent(0)), static_cast<long long>(attention.extent(1)),
                            static_cast<long long>(attention.data == nullptr ? 0 : attention.extent(2)),
                            static_cast<long long>(plan_.shape.query_heads), static_cast<long long>(n),
-                           static_cast<long long>(slots));
+                           static_cast<long long>(entries));
     }
     for (index_t i = 0; i < n; ++i) {
       s.store(key, value, i);
@@ -166,8 +166,8 @@ class session {
     index_t total = 0;
     for (index_t h = 0; h < heads; ++h) total += s.lengths(0, h);
     const index_t below_mark = (heads * plan_.policy.high_water - total) / heads;
-    const index_t slots = plan_.shape.tokens - plan_.policy.speculation - s.longest();
-    index_t tokens = std::min(below_mark, slots);
+    const index_t entries = plan_.shape.tokens - plan_.policy.speculation - s.longest();
+    index_t tokens = std::min(below_mark, entries);
     if (plan_.policy.evict_every > 0) tokens = std::min(tokens, plan_.policy.evict_every - s.since_eviction);
     return std::max<index_t>(0, tokens);
   }

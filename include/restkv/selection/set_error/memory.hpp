@@ -82,17 +82,17 @@ struct exchange_memory {
     const index_t lanes = sizes.observed.lanes;
     const index_t heads = sizes.shape.query_heads;
     const index_t width = sizes.width();
-    const index_t slots = sizes.kept_heads * sizes.capacity;
-    tokens = space.take<position_t>(slots);
-    states = space.take<exchange_state>(slots);
-    trial = space.take<exchange_state>(slots);
+    const index_t entries = sizes.kept_heads * sizes.capacity;
+    tokens = space.take<position_t>(entries);
+    states = space.take<exchange_state>(entries);
+    trial = space.take<exchange_state>(entries);
     counts = space.take<index_t>(sizes.kept_heads);
     lengths = space.take<index_t>(sizes.kept_heads);
-    values = space.take<float>(slots * width);
-    squares = space.take<float>(slots * sizes.pairs());
+    values = space.take<float>(entries * width);
+    squares = space.take<float>(entries * sizes.pairs());
     shares = space.take<float>(heads * sizes.capacity * lanes);
-    noise = space.take<double>(slots);
-    gains = space.take<double>(slots);
+    noise = space.take<double>(entries);
+    gains = space.take<double>(entries);
     full = space.take<double>(heads * width * lanes);
     pulls = space.take<float>(heads * width * lanes);
     pull_products = space.take<float>(heads * lanes);
@@ -102,8 +102,8 @@ struct exchange_memory {
     weights = space.take<float>(lanes);
     noise_weights = space.take<float>(lanes);
     squares_of_rows = space.take<double>(sizes.hidden);
-    leave = space.take<exchange_entry>(slots);
-    enter = space.take<exchange_entry>(slots);
+    leave = space.take<exchange_entry>(entries);
+    enter = space.take<exchange_entry>(entries);
     // One piece a head for the passes over W_O's columns, and one a block of its rows.
     projection_rows = space.take<float>((sizes.hidden + set_tile - 1) / set_tile * heads * sizes.shape.head_dim +
                                         heads * set_tile * width);

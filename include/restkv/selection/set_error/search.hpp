@@ -76,7 +76,7 @@ class set_error_run {
     const bool observed = shortest_head(layer_, b) >= sizes_.observed.horizon &&
                           first_window_row(layer_, b, sizes_.observed.rows) >= 0;
     if (!observed || sizes_.observed.rows == 0 || !gather(b) || !steps_.observe(b)) return;
-    const index_t slots = sizes_.kept_heads * sizes_.capacity;
+    const index_t entries = sizes_.kept_heads * sizes_.capacity;
     steps_.evaluate(m_.states, m_.now);
     if (!std::isfinite(m_.now.total)) return;
     report.before += m_.now.total;
@@ -91,7 +91,7 @@ class set_error_run {
       index_t count = pairs;
       index_t tries = 0;
       for (; count > 0 && tries < 6; ++tries, count = (count + 3) / 4 == count ? count - 1 : (count + 3) / 4) {
-        std::copy_n(m_.states, slots, m_.trial);
+        std::copy_n(m_.states, entries, m_.trial);
         const index_t moved = exchange_best(count);
         if (moved == 0) break;
         steps_.evaluate(m_.trial, m_.next);
