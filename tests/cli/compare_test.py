@@ -279,9 +279,9 @@ class Budgets(TestOfCompare):
             self.assertLessEqual(result['worst'], largest, result)
 
     def test_queries_to_come_need_the_base_of_rope(self):
-        results = results_of(compare(self.small_trace(), '--budgets', '48', '--policies', 'standard,set_error'))
-        self.assertIn('does not say rope_theta', results['set_error', 48]['error'])
-        self.assertGreater(results['standard', 48]['mean'], 0)
+        results = results_of(compare(self.small_trace(), '--budgets', '40', '--policies', 'standard,set_error'))
+        self.assertIn('does not say rope_theta', results['set_error', 40]['error'])
+        self.assertGreater(results['standard', 40]['mean'], 0)
 
     def test_below_what_is_protected(self):
         trace = self.small_trace()
