@@ -123,7 +123,9 @@ def check_header(args):
     paths = [flag for root in roots for flag in ("-I", root)]
     include = f"#include <{args.header}>\n"
     with tempfile.TemporaryDirectory() as folder:
-        passed, files = compile_text(args, folder, "self_contained", include * 2, paths, log)
+        # Without exceptions and RTTI, as some engines are compiled; the second compilation has both.
+        bare = [] if args.third_party else ["-fno-exceptions", "-fno-rtti"]
+        passed, files = compile_text(args, folder, "self_contained", include * 2, paths + bare, log)
         own = [path for path in files if any(path.startswith(root + os.sep) for root in roots)]
 
         # Other people's headers come first, so that the macros meet only the project's own text.
@@ -137,10 +139,7 @@ def check_header(args):
             for name in names.split():
                 text += f"#undef {name}\n#define {name} @{name} is a macro of {origin}@\n".replace("'", "")
         if passed:
-            passed, _ = compile_text(args, folder, "hostile_macros", text + include, paths, log)
-        if passed and not args.third_party:
-            passed, _ = compile_text(args, folder, "no_exceptions_no_rtti", include,
-                                     paths + ["-fno-exceptions", "-fno-rtti"], log)
+            compile_text(args, folder, "hostile_macros", text + include, paths, log)
 
     if not args.third_party and args.std_files:
         standard = set(pathlib.Path(args.std_files).read_text().split("\n"))
