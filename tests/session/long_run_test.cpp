@@ -125,8 +125,9 @@ void run(const char* name, const Policy& policy) {
 }  // namespace
 
 TEST_CASE("the counter counts") {
+  std::vector<int> kept;  // a compiler may leave out a pair of new and delete that nobody sees
   counting = true;
-  delete new int;
+  kept.resize(1000);
   counting = false;
   CHECK(allocations == 1);
 }
