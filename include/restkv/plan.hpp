@@ -205,11 +205,7 @@ template <tensor_backend Backend, class Policy>
                                plan<Policy>& out) noexcept {
   const auto ll = [](index_t n) { return static_cast<long long>(n); };
   RESTKV_RETURN_IF_FAILED(policy.check());
-  if (shape.kv_heads < 1 || shape.query_heads < 1 || shape.query_heads % shape.kv_heads != 0) {
-    return status::error(errc::shape_mismatch,
-                         "query has %lld heads, key has %lld: query heads must be a multiple of kv heads",
-                         ll(shape.query_heads), ll(shape.kv_heads));
-  }
+  RESTKV_RETURN_IF_FAILED(check_groups(shape.query_heads, shape.kv_heads));
   constexpr index_t most_heads = index_t(1) << 16;
   if (shape.query_heads > most_heads) {
     return status::error(errc::invalid_argument, "query has %lld heads, at most %lld are possible",

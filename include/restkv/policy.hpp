@@ -148,4 +148,14 @@ struct eviction_policy {
   }
 };
 
+/// A policy with another score, temporal smoother and budget, its other parts as they are.
+template <class Score, class Temporal, class Spatial, class Budget, class Rescoring, any_score OtherScore,
+          temporal_smoother OtherTemporal, budget_allocator OtherBudget>
+[[nodiscard]] constexpr eviction_policy<OtherScore, OtherTemporal, Spatial, OtherBudget, Rescoring> with_parts(
+    const eviction_policy<Score, Temporal, Spatial, Budget, Rescoring>& policy, const OtherScore& score,
+    const OtherTemporal& temporal, const OtherBudget& budget) noexcept {
+  return {score,  policy.window,  temporal,          policy.spatial, policy.group, policy.rescoring,
+          budget, policy.protect, policy.granularity};
+}
+
 }  // namespace restkv

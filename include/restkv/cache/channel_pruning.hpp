@@ -44,11 +44,7 @@ template <element T, parallel_loop ParallelFor = serial_for>
   if (layer.query.data == nullptr) {
     return status::error(errc::missing_input, "%lld queries are to be observed and the layer has no query", ll(window));
   }
-  if (shape.kv_heads < 1 || shape.query_heads < 1 || shape.query_heads % shape.kv_heads != 0) {
-    return status::error(errc::shape_mismatch,
-                         "query has %lld heads, key has %lld: query heads must be a multiple of kv heads",
-                         ll(shape.query_heads), ll(shape.kv_heads));
-  }
+  RESTKV_RETURN_IF_FAILED(check_groups(shape.query_heads, shape.kv_heads));
   RESTKV_RETURN_IF_FAILED(check_layer(layer, shape, 1, true, false, false));
   RESTKV_RETURN_IF_FAILED(detail::check_view("scores", scores));
   RESTKV_RETURN_IF_FAILED(detail::check_equal("scores", "sequences", scores.extent(0), "key", shape.batch));

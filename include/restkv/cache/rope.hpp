@@ -223,6 +223,20 @@ concept new_position = requires(const F& position, index_t i) {
 
 namespace detail {
 
+/// The channels of the rotary pairs of a row.
+class rotary_channels {
+ public:
+  constexpr rotary_channels(rotary_pairs pairing, std::size_t pairs) noexcept
+      : step_(pairing == rotary_pairs::interleaved ? 2 : 1),
+        apart_(pairing == rotary_pairs::interleaved ? 1 : static_cast<index_t>(pairs)) {}
+  [[nodiscard]] constexpr index_t first(index_t pair) const noexcept { return step_ * pair; }
+  [[nodiscard]] constexpr index_t second(index_t pair) const noexcept { return first(pair) + apart_; }
+
+ private:
+  index_t step_;   // from one pair to the next
+  index_t apart_;  // from a pair's first channel to its second
+};
+
 /// Turns pair `pair` of a key, counterclockwise: (x, y) -> (x cos - y sin, x sin + y cos).
 template <element T, std::floating_point Real>
 RESTKV_HD void rotate_pair(T& first, T& second, Real cosine, Real sine) noexcept {
@@ -246,8 +260,7 @@ void rotate_head(const const_kept_tokens& old, const Layout& keys, std::span<con
   const index_t h = row % old.heads();
   const index_t length = old.lengths(b, h);
   const auto pairs = static_cast<index_t>(frequencies.size());
-  const index_t step = pairing == rotary_pairs::interleaved ? 2 : 1;       // from one pair to the next, in channels
-  const index_t apart = pairing == rotary_pairs::interleaved ? 1 : pairs;  // from a pair's first channel to its second
+  const rotary_channels channels(pairing, frequencies.size());
   for (index_t begin = 0; begin < pairs; begin += block) {
     const index_t count = std::min(block, pairs - begin);
     double turned = 0;  // the shift that cosines and sines are of; 0: none yet
@@ -265,9 +278,9 @@ void rotate_head(const const_kept_tokens& old, const Layout& keys, std::span<con
       }
       const tensor_view<value_type, 1> key = keys.row(b, h, slot);
       for (index_t i = 0; i < count; ++i) {
-        const index_t channel = step * (begin + i);
-        rotate_pair(key.data[channel * key.stride(0)], key.data[(channel + apart) * key.stride(0)],
-                    cosines[static_cast<std::size_t>(i)], sines[static_cast<std::size_t>(i)]);
+        rotate_pair(key.data[channels.first(begin + i) * key.stride(0)],
+                    key.data[channels.second(begin + i) * key.stride(0)], cosines[static_cast<std::size_t>(i)],
+                    sines[static_cast<std::size_t>(i)]);
       }
     }
   }

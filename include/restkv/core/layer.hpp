@@ -126,6 +126,22 @@ template <element T, memory_space Space>
   return layer.query[batch][head].slice(0, first_window_row(layer, batch, window), window);
 }
 
+/// Checks that every KV head serves the same number of query heads, at least one.
+[[nodiscard]] inline status check_groups(index_t query_heads, index_t kv_heads) noexcept {
+  if (kv_heads >= 1 && query_heads >= 1 && query_heads % kv_heads == 0) return {};
+  return status::error(errc::shape_mismatch,
+                       "query has %lld heads, key has %lld: query heads must be a multiple of kv heads",
+                       static_cast<long long>(query_heads), static_cast<long long>(kv_heads));
+}
+
+/// Checks that W_O is as wide as the query heads.
+[[nodiscard]] inline status check_projection_width(index_t columns, index_t query_heads, index_t head_dim) noexcept {
+  if (columns == query_heads * head_dim) return {};
+  return status::error(errc::shape_mismatch, "W_O has %lld columns, %lld heads of %lld channels need %lld",
+                       static_cast<long long>(columns), static_cast<long long>(query_heads),
+                       static_cast<long long>(head_dim), static_cast<long long>(query_heads * head_dim));
+}
+
 /// Checks that the tensors of a layer fit each other and the shape; names the first that does not, with both numbers.
 template <element T, memory_space Space>
 [[nodiscard]] status check_layer(const layer_view<T, Space>& layer, const problem_shape& shape, index_t window,
@@ -249,13 +265,7 @@ template <element T, memory_space Space>
   if (layer.projection.data == nullptr) {
     return status::error(errc::missing_input, "the score measures W_O v in the hidden channels: set layer.projection");
   }
-  if (layer.projection.extent(1) != shape.query_heads * shape.head_dim) {
-    return status::error(errc::shape_mismatch, "W_O has %lld columns, %lld heads of %lld channels need %lld",
-                         static_cast<long long>(layer.projection.extent(1)), static_cast<long long>(shape.query_heads),
-                         static_cast<long long>(shape.head_dim),
-                         static_cast<long long>(shape.query_heads * shape.head_dim));
-  }
-  return {};
+  return check_projection_width(layer.projection.extent(1), shape.query_heads, shape.head_dim);
 }
 
 }  // namespace restkv

@@ -7,6 +7,7 @@
 #pragma once
 
 #include <restkv/core/dtype.hpp>
+#include <restkv/core/tensor_view.hpp>
 
 #include <cmath>
 #include <bit>
@@ -35,6 +36,13 @@ void widen_row(const T* row, Real* out, index_t count) noexcept {
   } else {
     for (index_t c = 0; c < count; ++c) out[c] = widen<Real>(row[c]);
   }
+}
+
+/// The same for a row of any stride. [row.extent(0)]
+template <class T, std::floating_point Real>
+void widen_row(const tensor_view<T, 1>& row, Real* out) noexcept {
+  if (row.stride(0) == 1) return widen_row(row.data, out, row.extent(0));
+  for (index_t c = 0; c < row.extent(0); ++c) out[c] = widen<Real>(row(c));
 }
 
 namespace detail {

@@ -67,8 +67,8 @@ class summary_run {
                        ++next;
                        return;
                      }
-                     widen_channels(key_row, channels_, key);
-                     widen_channels(value_row, channels_, value);
+                     widen_row(key_row, key);
+                     widen_row(value_row, value);
                      if (!all_finite(key, channels_) || !all_finite(value, channels_)) return;
                      ++count;
                      for (index_t c = 0; c < channels_; ++c) {

@@ -67,7 +67,7 @@ class fit_run {
     const auto seen = guard_.horizon_of(task);
     const running_attention sums = guard_.attention(task);  // as `prepare` left them: over the entries
     for (index_t i = 0; i < count; ++i) {
-      widen_channels(cache_.key.row(b, h, i), channels_, guard_.key_room(task));
+      widen_row(cache_.key.row(b, h, i), guard_.key_room(task));
       for (index_t r = 0; r < rows; ++r) {
         const bool visible = guard_.position(task, i) < seen(r);
         shares[r * count + i] = visible ? sums.share(r, guard_.key_room(task)) : 0.0;
@@ -80,7 +80,7 @@ class fit_run {
     if (!solve_ridge(gram, rows, options_.ridge, right, channels_)) return;
     for (index_t i = 0; i < count; ++i) {
       double* const value = guard_.value_room(task);
-      widen_channels(cache_.value.row(b, h, i), channels_, value);
+      widen_row(cache_.value.row(b, h, i), value);
       for (index_t r = 0; r < rows; ++r) {
         const double share = shares[r * count + i];
         for (index_t c = 0; c < channels_; ++c) value[c] += share * right[r * channels_ + c];

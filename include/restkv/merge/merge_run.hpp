@@ -74,7 +74,7 @@ class merge_run {
       std::fill(key_sums_ + task * capacity_ * channels_, key_sums_ + (task * capacity_ + kept) * channels_, real(0));
     }
     for (index_t i = first; i < last; ++i) {
-      widen_channels(cache_.value.row(b, h, i), channels_, value_row(task));
+      widen_row(cache_.value.row(b, h, i), value_row(task));
       norms_[task * capacity_ + i] = static_cast<real>(norm(value_row(task), channels_));
     }
     if constexpr (Operator::target == merge_target::most_similar) find_targets(task, first, last);
@@ -88,7 +88,7 @@ class merge_run {
   /// A key as it is compared, [channels].
   template <class Row>
   void read_key(index_t task, index_t token, const Row& row, real* out) const noexcept {
-    widen_channels(row, channels_, out);
+    widen_row(row, out);
     if (rotates()) rotate(task, token, -1.0, out);
   }
 
@@ -98,13 +98,11 @@ class merge_run {
     const double position = direction * static_cast<double>(rope.positions.data == nullptr
                                                                 ? token
                                                                 : rope.positions(task / heads_, kv_head, token));
-    const auto pairs = static_cast<index_t>(rope.frequencies.size());
-    const bool interleaved = rope.pairs == rotary_pairs::interleaved;
-    for (index_t i = 0; i < pairs; ++i) {
+    const rotary_channels channels(rope.pairs, rope.frequencies.size());
+    for (index_t i = 0; i < static_cast<index_t>(rope.frequencies.size()); ++i) {
       const double angle = position * rope.frequencies[static_cast<std::size_t>(i)];
-      real& x = key[interleaved ? 2 * i : i];
-      real& y = key[interleaved ? 2 * i + 1 : i + pairs];
-      rotate_pair(x, y, static_cast<real>(std::cos(angle)), static_cast<real>(std::sin(angle)));
+      rotate_pair(key[channels.first(i)], key[channels.second(i)], static_cast<real>(std::cos(angle)),
+                  static_cast<real>(std::sin(angle)));
     }
   }
 
@@ -204,7 +202,7 @@ class merge_run {
         pair.dropped_attention = static_cast<real>(attention[token - begin]);
         pair.kept_attention = static_cast<real>(sum / static_cast<double>(count));
       }
-      widen_channels(value, channels_, value_row(task));
+      widen_row(value, value_row(task));
       if (!all_finite(value_row(task), channels_)) return;
       pair.dropped_norm = static_cast<real>(norm(value_row(task), channels_));
       const real weight = static_cast<real>(merging_.weight(pair)) / static_cast<real>(count);
@@ -235,7 +233,7 @@ class merge_run {
     };
     const auto key = cache_.key.row(b, h, entry);
     const auto value = cache_.value.row(b, h, entry);
-    widen_channels(value, channels_, value_row(task));
+    widen_row(value, value_row(task));
     mix(value_row(task), value_sums_ + i * channels_);
     if constexpr (Operator::merges_keys) {
       read_key(task, cache_.kept.positions(b, h, entry), key, key_row(task));

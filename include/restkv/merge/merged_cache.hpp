@@ -5,6 +5,7 @@
 
 #include <restkv/cache/compact.hpp>
 #include <restkv/core/layer.hpp>
+#include <restkv/core/vector_math.hpp>
 
 #include <algorithm>
 
@@ -52,17 +53,9 @@ template <class KeyLayout, class ValueLayout, element T>
   }
   RESTKV_RETURN_IF_FAILED(check_source("key", layer.key));
   RESTKV_RETURN_IF_FAILED(check_layer(layer, shape, window, window > 0, true, false));
-  if (window > 0 && (shape.query_heads < 1 || shape.query_heads % shape.kv_heads != 0)) {
-    return status::error(errc::shape_mismatch,
-                         "query has %lld heads, key has %lld: query heads must be a multiple of kv heads",
-                         ll(shape.query_heads), ll(shape.kv_heads));
-  }
+  if (window > 0) RESTKV_RETURN_IF_FAILED(check_groups(shape.query_heads, shape.kv_heads));
   if (window > 0 && layer.projection.data != nullptr) {
-    const index_t width = shape.query_heads * shape.head_dim;
-    if (layer.projection.extent(1) != width) {
-      return status::error(errc::shape_mismatch, "W_O has %lld columns, %lld heads of %lld channels need %lld",
-                           ll(layer.projection.extent(1)), ll(shape.query_heads), ll(shape.head_dim), ll(width));
-    }
+    RESTKV_RETURN_IF_FAILED(check_projection_width(layer.projection.extent(1), shape.query_heads, shape.head_dim));
     RESTKV_RETURN_IF_FAILED(check_view("W_O", layer.projection));
   }
   RESTKV_RETURN_IF_FAILED(check_kept_memory(cache.kept));
@@ -87,7 +80,6 @@ template <class KeyLayout, class ValueLayout, element T>
   }
   for (index_t b = 0; b < shape.batch; ++b) {
     for (index_t h = 0; h < cache.kept.heads(); ++h) {
-      const sequence_span span = sequence(layer, b, h * shape.kv_heads / cache.kept.heads());
       const index_t kept = cache.kept.lengths(b, h);
       const index_t entries = cache.length(b, h);
       const index_t most = std::min({cache.key.capacity(b, h), cache.value.capacity(b, h), kept + 1});
@@ -96,17 +88,9 @@ template <class KeyLayout, class ValueLayout, element T>
                              "head %lld of sequence %lld has %lld entries, must be within [%lld, %lld]", ll(h), ll(b),
                              ll(entries), ll(kept), ll(most));
       }
-      if (kept == 0) continue;
-      const index_t first = cache.kept.positions(b, h, 0);
-      const index_t last = cache.kept.positions(b, h, kept - 1);
-      if (first < span.begin || last >= span.begin + span.length) {
-        return status::error(errc::invalid_argument,
-                             "head %lld of sequence %lld keeps positions %lld to %lld, its tokens are %lld to %lld",
-                             ll(h), ll(b), ll(first), ll(last), ll(span.begin), ll(span.begin + span.length - 1));
-      }
     }
   }
-  return {};
+  return check_kept_sequences(cache.kept, layer);
 }
 
 /// That what is written shares no memory with what is read.
@@ -129,12 +113,6 @@ template <class KeyLayout, class ValueLayout, element T>
     RESTKV_RETURN_IF_FAILED(check_disjoint("value entries", cache.value.touched(), "lengths", lengths));
   }
   return check_separate(cache.kept, "key entries", cache.key, "value entries", cache.value);
-}
-
-/// Reads a vector as `Real`. [count]
-template <std::floating_point Real, class T>
-void widen_channels(const tensor_view<T, 1>& row, index_t count, Real* out) noexcept {
-  for (index_t c = 0; c < count; ++c) out[c] = widen<Real>(row.data[c * row.stride(0)]);
 }
 
 /// Writes a vector. [count]

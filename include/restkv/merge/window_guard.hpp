@@ -107,7 +107,7 @@ class window_guard {
     for (index_t r = 0; r < rows(b); ++r) {
       const index_t window = window_of(b);
       const auto queries = window_queries(layer_, b, h * group_ + r / window, window);
-      widen_channels(queries[r % window], channels(), at(queries_, task, r));
+      widen_row(queries[r % window], at(queries_, task, r));
     }
     const running_attention sums = attention(task);
     sums.clear(rows(b));
@@ -118,8 +118,8 @@ class window_guard {
     const index_t count = rows(b);
     for_each_token(layer_, b, kv_head(h), tokens.begin, tokens.begin + tokens.length,
                    [&](index_t token, const auto& key_row, const auto& value_row) {
-                     widen_channels(key_row, channels(), key);
-                     widen_channels(value_row, channels(), value);
+                     widen_row(key_row, key);
+                     widen_row(value_row, value);
                      for (index_t r = 0; r < count; ++r) {
                        if (token < seen(r)) sums.add(r, key, value);
                      }
@@ -129,7 +129,7 @@ class window_guard {
       std::fill(mean_attention, mean_attention + tokens.length, 0.0);
       for_each_token(layer_, b, kv_head(h), tokens.begin, tokens.begin + tokens.length,
                      [&](index_t token, const auto& key_row, const auto&) {
-                       widen_channels(key_row, channels(), key);
+                       widen_row(key_row, key);
                        double& sum = mean_attention[token - tokens.begin];
                        for (index_t r = 0; r < count; ++r) {
                          if (token < seen(r)) sum += sums.share(r, key);
@@ -150,8 +150,8 @@ class window_guard {
     const index_t at_position = position(task, entry);
     double* const key = key_room(task);
     double* const value = value_room(task);
-    widen_channels(cache_.key.row(b, task % heads_, entry), channels(), key);
-    widen_channels(cache_.value.row(b, task % heads_, entry), channels(), value);
+    widen_row(cache_.key.row(b, task % heads_, entry), key);
+    widen_row(cache_.value.row(b, task % heads_, entry), value);
     double gain = 0;
     for (index_t r = 0; r < count; ++r) {
       if (at_position >= seen(r)) continue;
@@ -250,8 +250,8 @@ class window_guard {
     const index_t count = rows(b);
     sums.clear(count);
     for (index_t i = 0; i < cache_.length(b, h); ++i) {
-      widen_channels(cache_.key.row(b, h, i), channels(), key_room(task));
-      widen_channels(cache_.value.row(b, h, i), channels(), value_room(task));
+      widen_row(cache_.key.row(b, h, i), key_room(task));
+      widen_row(cache_.value.row(b, h, i), value_room(task));
       const index_t at_position = position(task, i);
       for (index_t r = 0; r < count; ++r) {
         if (at_position < seen(r)) sums.add(r, key_room(task), value_room(task));

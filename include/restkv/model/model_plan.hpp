@@ -12,11 +12,9 @@
 namespace restkv {
 
 /// A policy with another budget, its other parts as they are.
-template <class Score, class Temporal, class Spatial, class Budget, class Rescoring, budget_allocator Other>
-[[nodiscard]] constexpr eviction_policy<Score, Temporal, Spatial, Other, Rescoring> with_budget(
-    const eviction_policy<Score, Temporal, Spatial, Budget, Rescoring>& policy, const Other& budget) noexcept {
-  return {policy.score,     policy.window, policy.temporal, policy.spatial,    policy.group,
-          policy.rescoring, budget,        policy.protect,  policy.granularity};
+template <class Policy, budget_allocator Other>
+[[nodiscard]] constexpr auto with_budget(const Policy& policy, const Other& budget) noexcept {
+  return with_parts(policy, policy.score, policy.temporal, budget);
 }
 
 /// What `model_selection` needs to know, computed once. A plain value.

@@ -132,10 +132,7 @@ struct non_causal_attention {
   template <element T, std::floating_point Real>
   void read_query(const head_view<T>& head, index_t query_head, index_t n, std::span<Real> out) const noexcept {
     const index_t begin = sequence(head.layer(), head.batch(), head.kv_head()).begin;
-    const Query* const from = query.data + query.offset(head.batch(), query_head, begin + n, 0);
-    const auto channels = static_cast<index_t>(out.size());
-    if (query.stride(3) == 1) return widen_row(from, out.data(), channels);
-    for (index_t c = 0; c < channels; ++c) out[static_cast<std::size_t>(c)] = widen<Real>(from[c * query.stride(3)]);
+    widen_row(query[head.batch()][query_head][begin + n], out.data());
   }
 
   /// Adds one query's attention to `received`. A token counts where norms[i] is a number.

@@ -64,11 +64,7 @@ class head_view {
   template <std::floating_point Real>
   void read(const chunked_tensor_view<const T>& cache, index_t n, std::span<Real> out) const noexcept {
     const auto part = cache.from_token(span_.begin + n);
-    const T* const row = part.data + part.offset(batch_, kv_head_, 0, 0);
-    if (part.stride(3) == 1) return widen_row(row, out.data(), static_cast<index_t>(out.size()));
-    for (index_t c = 0; c < static_cast<index_t>(out.size()); ++c) {
-      out[static_cast<std::size_t>(c)] = widen<Real>(row[c * part.stride(3)]);
-    }
+    widen_row(part[batch_][kv_head_][0], out.data());
   }
 
   const layer_view<T>* layer_;

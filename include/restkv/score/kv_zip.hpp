@@ -196,11 +196,7 @@ template <element T>
   };
   RESTKV_RETURN_IF_FAILED(check_part("query", replay.query, 2));
   RESTKV_RETURN_IF_FAILED(check_part("key", replay.key, 2));
-  if (replay.query.extent(1) < 1 || layer.key.extent(1) < 1 || replay.query.extent(1) % layer.key.extent(1) != 0) {
-    return status::error(errc::shape_mismatch,
-                         "query has %lld heads, key has %lld: query heads must be a multiple of kv heads",
-                         ll(replay.query.extent(1)), ll(layer.key.extent(1)));
-  }
+  RESTKV_RETURN_IF_FAILED(check_groups(replay.query.extent(1), layer.key.extent(1)));
   const bool plus = replay.hidden_norm.data != nullptr;
   RESTKV_RETURN_IF_FAILED(check_layer(layer, shape_of(layer), 0, false, plus, false));
   if (!plus) return {};

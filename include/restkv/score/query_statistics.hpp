@@ -69,13 +69,9 @@ namespace detail {
 /// Calls body(pair, first channel, second channel) for every rotary pair.
 template <class Body>
 void for_each_rotary_pair(std::size_t pairs, rotary_pairs pairing, const Body& body) noexcept {
-  const auto count = static_cast<index_t>(pairs);
-  for (index_t i = 0; i < count; ++i) {
-    if (pairing == rotary_pairs::interleaved) {
-      body(static_cast<std::size_t>(i), 2 * i, 2 * i + 1);
-    } else {
-      body(static_cast<std::size_t>(i), i, i + count);
-    }
+  const rotary_channels channels(pairing, pairs);
+  for (index_t i = 0; i < static_cast<index_t>(pairs); ++i) {
+    body(static_cast<std::size_t>(i), channels.first(i), channels.second(i));
   }
 }
 

@@ -3,8 +3,7 @@
 /// `kept_tokens`: the outcome of a selection.
 #pragma once
 
-#include <restkv/core/status.hpp>
-#include <restkv/core/tensor_view.hpp>
+#include <restkv/core/layer.hpp>
 
 namespace restkv {
 
@@ -86,6 +85,26 @@ using const_kept_tokens = basic_kept_tokens<const position_t>;
         }
         previous = position;
       }
+    }
+  }
+  return {};
+}
+
+/// Checks that what each head keeps are tokens of its own sequence in `layer`, for a set that passed `check_kept`.
+template <element T>
+[[nodiscard]] status check_kept_sequences(const const_kept_tokens& kept, const layer_view<T>& layer) noexcept {
+  const auto ll = [](index_t n) { return static_cast<long long>(n); };
+  for (index_t b = 0; b < kept.batch(); ++b) {
+    for (index_t h = 0; h < kept.heads(); ++h) {
+      const index_t length = kept.lengths(b, h);
+      if (length == 0) continue;
+      const sequence_span span = sequence(layer, b, h * layer.key.extent(1) / kept.heads());
+      const index_t first = kept.positions(b, h, 0);
+      const index_t last = kept.positions(b, h, length - 1);
+      if (first >= span.begin && last < span.begin + span.length) continue;
+      return status::error(errc::invalid_argument,
+                           "head %lld of sequence %lld keeps positions %lld to %lld, its tokens are %lld to %lld",
+                           ll(h), ll(b), ll(first), ll(last), ll(span.begin), ll(span.begin + span.length - 1));
     }
   }
   return {};

@@ -84,10 +84,8 @@ template <tensor_backend Backend, element T>
     if (weights.empty() || static_cast<index_t>(weights.size()) == rows) continue;
     return status::error(errc::shape_mismatch, "set_error has %zu weights for %lld queries", weights.size(), ll(rows));
   }
-  if (layer.projection.data != nullptr && layer.projection.extent(1) != shape.query_heads * shape.head_dim) {
-    return status::error(errc::shape_mismatch, "W_O has %lld columns, %lld heads of %lld channels need %lld",
-                         ll(layer.projection.extent(1)), ll(shape.query_heads), ll(shape.head_dim),
-                         ll(shape.query_heads * shape.head_dim));
+  if (layer.projection.data != nullptr) {
+    RESTKV_RETURN_IF_FAILED(check_projection_width(layer.projection.extent(1), shape.query_heads, shape.head_dim));
   }
   const std::array<index_t, 4> expected{kept.heads(), sizes.pairs(), shape.head_dim, sizes.width()};
   if (metric.missing() || metric.gram.extents != expected || !metric.gram.dense()) {

@@ -33,33 +33,13 @@ struct session_policy {
 
 namespace detail {
 
-/// The policy that selects: that of the session, or with its running scores in the place of its score.
-template <class Policy, class Running>
-struct selecting_policy {
-  using type = Policy;
-};
-template <class Score, class Temporal, class Spatial, class Budget, class Rescoring, running_score Running>
-struct selecting_policy<eviction_policy<Score, Temporal, Spatial, Budget, Rescoring>, Running> {
-  using type = eviction_policy<running_rows<Running>, mean, Spatial, Budget, Rescoring>;
-};
+/// The policy that selects: that of the session, or with its running scores, `rows` of a layer, in the place of its
+/// score.
 template <class SessionPolicy>
-using selecting_policy_of =
-    typename selecting_policy<typename SessionPolicy::policy_type, typename SessionPolicy::running_type>::type;
-
-/// `rows` are the running scores of the layer.
-template <class SessionPolicy>
-[[nodiscard]] selecting_policy_of<SessionPolicy> make_selecting_policy(
-    const SessionPolicy& session, const running_rows<typename SessionPolicy::running_type>& rows = {}) noexcept {
+[[nodiscard]] auto make_selecting_policy(const SessionPolicy& session,
+                                         const running_rows<typename SessionPolicy::running_type>& rows = {}) noexcept {
   if constexpr (runs<typename SessionPolicy::running_type>) {
-    selecting_policy_of<SessionPolicy> policy;
-    policy.score = rows;
-    policy.spatial = session.policy.spatial;
-    policy.group = session.policy.group;
-    policy.rescoring = session.policy.rescoring;
-    policy.budget = session.policy.budget;
-    policy.protect = session.policy.protect;
-    policy.granularity = session.policy.granularity;
-    return policy;
+    return with_parts(session.policy, rows, mean{}, session.policy.budget);
   } else {
     return session.policy;
   }

@@ -64,6 +64,47 @@ struct future_view {
   tensor_view<const T, 4> value{};  ///< [batch, kv_heads, more, head_dim]
 };
 
+namespace detail {
+
+/// A prompt's layer with the tokens that came after it behind its own, and their queries. Owns the lists of chunks.
+template <element T>
+struct layer_with_future {
+  std::vector<tensor_view<const T, 4>> keys;
+  std::vector<tensor_view<const T, 4>> values;
+  layer_view<T> view;  ///< prompt.lengths as they were; without a keep_mask
+
+  [[nodiscard]] status join(const layer_view<T>& prompt, const future_view<T>& future) {
+    const auto ll = [](index_t n) { return static_cast<long long>(n); };
+    const index_t tokens = prompt.key.extent(2);
+    const index_t more = future.key.extent(2);
+    if (future.query.extent(2) != more) {
+      return status::error(errc::shape_mismatch,
+                           "the future has %lld queries and %lld keys: one each a token is needed",
+                           ll(future.query.extent(2)), ll(more));
+    }
+    if (tokens > std::numeric_limits<position_t>::max() - more) {
+      return status::error(errc::invalid_argument, "%lld tokens and %lld future ones pass the longest axis, %lld",
+                           ll(tokens), ll(more), ll(std::numeric_limits<position_t>::max()));
+    }
+    const auto joined = [](const chunked_tensor_view<const T>& cache, const tensor_view<const T, 4>& last) {
+      std::vector<tensor_view<const T, 4>> chunks;
+      for (index_t i = 0; i < cache.chunks(); ++i) chunks.push_back(cache.chunk(i));
+      chunks.push_back(last);
+      return chunks;
+    };
+    keys = joined(prompt.key, future.key);
+    values = joined(prompt.value, future.value);
+    view = prompt;
+    view.query = future.query;
+    view.key = {keys.data(), static_cast<index_t>(keys.size())};
+    view.value = {values.data(), static_cast<index_t>(values.size())};
+    view.keep_mask = {};
+    return {};
+  }
+};
+
+}  // namespace detail
+
 /// `output_error` of the `more` queries of `future` against the cache of `prompt` followed by the future tokens, of
 /// which `kept` was chosen for the prompt and none of the future ones is evicted. prompt.query is not looked at.
 ///
@@ -77,15 +118,8 @@ template <tensor_backend Backend, element T>
   const index_t more = future.key.extent(2);
   RESTKV_RETURN_IF_FAILED(check_layer(prompt, shape_of(prompt), 0, false, true, false));
   RESTKV_RETURN_IF_FAILED(check_kept(kept, prompt.key.extent(0), prompt.key.extent(1), tokens));
-  if (future.query.extent(2) != more) {
-    return status::error(errc::shape_mismatch, "the future has %lld queries and %lld keys: one each a token is needed",
-                         ll(future.query.extent(2)), ll(more));
-  }
-  if (tokens > std::numeric_limits<position_t>::max() - more) {
-    return status::error(errc::invalid_argument, "%lld tokens and %lld future ones pass the longest axis, %lld",
-                         ll(tokens), ll(more), ll(std::numeric_limits<position_t>::max()));
-  }
-  layer_view<T> whole = prompt;
+  detail::layer_with_future<T> whole;
+  RESTKV_RETURN_IF_FAILED(whole.join(prompt, future));
   std::vector<std::int32_t> lengths;
   if (prompt.head_lengths.data != nullptr) {
     return status::error(errc::unsupported,
@@ -102,21 +136,9 @@ template <tensor_backend Backend, element T>
       }
       lengths.push_back(static_cast<std::int32_t>(length + more));
     }
-    whole.lengths = {lengths.data(), {prompt.lengths.extent(0)}};
+    whole.view.lengths = {lengths.data(), {prompt.lengths.extent(0)}};
   }
-  const auto joined = [](const chunked_tensor_view<const T>& cache, const tensor_view<const T, 4>& last) {
-    std::vector<tensor_view<const T, 4>> chunks;
-    for (index_t i = 0; i < cache.chunks(); ++i) chunks.push_back(cache.chunk(i));
-    chunks.push_back(last);
-    return chunks;
-  };
-  const auto keys = joined(prompt.key, future.key);
-  const auto values = joined(prompt.value, future.value);
-  whole.query = future.query;
-  whole.key = {keys.data(), static_cast<index_t>(keys.size())};
-  whole.value = {values.data(), static_cast<index_t>(values.size())};
-  whole.keep_mask = {};
-  return output_error(backend, append_tokens(kept, tokens, more), whole, out);
+  return output_error(backend, append_tokens(kept, tokens, more), whole.view, out);
 }
 
 #if RESTKV_EXCEPTIONS

@@ -143,10 +143,10 @@ class merged_error_computation {
     double* const value = key + d;
     running_attention sums(d, rows, value + d, value + (1 + rows) * d);
     const auto queries = window_queries(layer_, b, h, rows);
-    for (index_t i = 0; i < rows; ++i) widen_channels(queries[i], d, sums.query(i));
+    for (index_t i = 0; i < rows; ++i) widen_row(queries[i], sums.query(i));
     const auto add = [&](index_t position, const auto& key_row, const auto& value_row) {
-      widen_channels(key_row, d, key);
-      widen_channels(value_row, d, value);
+      widen_row(key_row, key);
+      widen_row(value_row, value);
       for (index_t i = 0; i < rows; ++i) {
         if (position < end - rows + i + 1) sums.add(i, key, value);
       }
@@ -259,29 +259,10 @@ template <tensor_backend Backend, detail::element_layout KeyLayout, detail::elem
     return status::error(errc::unsupported, "%lld sequences have lengths of their own, in %lld tokens: not supported",
                          ll(prompt.key.extent(0)), ll(tokens));
   }
-  if (future.query.extent(2) != more) {
-    return status::error(errc::shape_mismatch, "the future has %lld queries and %lld keys: one each a token is needed",
-                         ll(future.query.extent(2)), ll(more));
-  }
-  if (tokens > std::numeric_limits<position_t>::max() - more) {
-    return status::error(errc::invalid_argument, "%lld tokens and %lld future ones pass the longest axis, %lld",
-                         ll(tokens), ll(more), ll(std::numeric_limits<position_t>::max()));
-  }
-  const auto joined = [](const chunked_tensor_view<const T>& whole, const tensor_view<const T, 4>& last) {
-    std::vector<tensor_view<const T, 4>> chunks;
-    for (index_t i = 0; i < whole.chunks(); ++i) chunks.push_back(whole.chunk(i));
-    chunks.push_back(last);
-    return chunks;
-  };
-  const auto keys = joined(prompt.key, future.key);
-  const auto values = joined(prompt.value, future.value);
-  layer_view<T> whole = prompt;
-  whole.query = future.query;
-  whole.key = {keys.data(), static_cast<index_t>(keys.size())};
-  whole.value = {values.data(), static_cast<index_t>(values.size())};
-  whole.keep_mask = {};
-  RESTKV_RETURN_IF_FAILED(detail::check_merged_error(cache, whole, tokens, more));
-  return detail::merged_error_computation<Backend, KeyLayout, ValueLayout, T>(backend, cache, whole, tokens, more)
+  detail::layer_with_future<T> whole;
+  RESTKV_RETURN_IF_FAILED(whole.join(prompt, future));
+  RESTKV_RETURN_IF_FAILED(detail::check_merged_error(cache, whole.view, tokens, more));
+  return detail::merged_error_computation<Backend, KeyLayout, ValueLayout, T>(backend, cache, whole.view, tokens, more)
       .run(out);
 }
 

@@ -57,11 +57,7 @@ template <element T>
   const auto ll = [](index_t n) { return static_cast<long long>(n); };
   const problem_shape shape = shape_of(layer);
   if (layer.key.missing()) return status::error(errc::missing_input, "the layer has no key");
-  if (shape.kv_heads < 1 || shape.query_heads < 1 || shape.query_heads % shape.kv_heads != 0) {
-    return status::error(errc::shape_mismatch,
-                         "query has %lld heads, key has %lld: query heads must be a multiple of kv heads",
-                         ll(shape.query_heads), ll(shape.kv_heads));
-  }
+  RESTKV_RETURN_IF_FAILED(check_groups(shape.query_heads, shape.kv_heads));
   if (shape.head_dim < 1 || shape.head_dim > 4096) {
     return status::error(errc::invalid_argument, "head_dim is %lld, must be within [1, 4096]", ll(shape.head_dim));
   }
@@ -76,26 +72,9 @@ template <element T>
                          "the kept set has %lld heads, query has %lld: query heads must be a multiple of them",
                          ll(kept.heads()), ll(shape.query_heads));
   }
-  for (index_t b = 0; b < shape.batch; ++b) {
-    for (index_t h = 0; h < kept.heads(); ++h) {
-      const sequence_span span = sequence(layer, b, h * shape.kv_heads / kept.heads());
-      const index_t length = kept.lengths(b, h);
-      if (length == 0) continue;
-      const index_t first = kept.positions(b, h, 0);
-      const index_t last = kept.positions(b, h, length - 1);
-      if (first < span.begin || last >= span.begin + span.length) {
-        return status::error(errc::invalid_argument,
-                             "head %lld of sequence %lld keeps positions %lld to %lld, its tokens are %lld to %lld",
-                             ll(h), ll(b), ll(first), ll(last), ll(span.begin), ll(span.begin + span.length - 1));
-      }
-    }
-  }
+  RESTKV_RETURN_IF_FAILED(check_kept_sequences(kept, layer));
   if (layer.projection.data != nullptr) {
-    if (layer.projection.extent(1) != shape.query_heads * shape.head_dim) {
-      return status::error(errc::shape_mismatch, "W_O has %lld columns, %lld heads of %lld channels need %lld",
-                           ll(layer.projection.extent(1)), ll(shape.query_heads), ll(shape.head_dim),
-                           ll(shape.query_heads * shape.head_dim));
-    }
+    RESTKV_RETURN_IF_FAILED(check_projection_width(layer.projection.extent(1), shape.query_heads, shape.head_dim));
     RESTKV_RETURN_IF_FAILED(check_elements("W_O", layer.projection, largest_verified_element));
   }
   if (!layer.metric.missing()) {

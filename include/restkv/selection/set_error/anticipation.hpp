@@ -102,12 +102,10 @@ struct anticipation_memory {
 template <element T>
 void rotate_row(const tensor_view<const T, 1>& from, const anticipation& options, index_t shift, T* to) noexcept {
   for (index_t c = 0; c < from.extent(0); ++c) to[c] = from(c);
-  const auto pairs = static_cast<index_t>(options.frequencies.size());
-  const index_t step = options.pairing == rotary_pairs::interleaved ? 2 : 1;
-  const index_t apart = options.pairing == rotary_pairs::interleaved ? 1 : pairs;
-  for (index_t i = 0; i < pairs; ++i) {
+  const rotary_channels channels(options.pairing, options.frequencies.size());
+  for (index_t i = 0; i < static_cast<index_t>(options.frequencies.size()); ++i) {
     const double angle = static_cast<double>(shift) * options.frequencies[static_cast<std::size_t>(i)];
-    rotate_pair(to[step * i], to[step * i + apart], std::cos(angle), std::sin(angle));
+    rotate_pair(to[channels.first(i)], to[channels.second(i)], std::cos(angle), std::sin(angle));
   }
 }
 

@@ -3,9 +3,7 @@
 /// `group_metric`: what W_O does to the joint change of query heads that share a kept set, prepared once.
 #pragma once
 
-#include <restkv/core/dtype.hpp>
-#include <restkv/core/status.hpp>
-#include <restkv/core/tensor_view.hpp>
+#include <restkv/core/layer.hpp>
 #include <restkv/selection/set_error/lanes.hpp>
 
 #include <cmath>
@@ -54,10 +52,7 @@ class group_metric {
                            ll(kept_heads));
     }
     const bool projected = projection.data != nullptr;
-    if (projected && projection.extent(1) != query_heads * head_dim) {
-      return status::error(errc::shape_mismatch, "W_O has %lld columns, %lld heads of %lld channels need %lld",
-                           ll(projection.extent(1)), ll(query_heads), ll(head_dim), ll(query_heads * head_dim));
-    }
+    if (projected) RESTKV_RETURN_IF_FAILED(check_projection_width(projection.extent(1), query_heads, head_dim));
     const index_t group = query_heads / kept_heads;
     const index_t width = detail::padded_set_lanes(head_dim);
     const index_t matrix = head_dim * width;

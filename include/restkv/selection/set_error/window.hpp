@@ -7,6 +7,7 @@
 #include <restkv/core/vector_math.hpp>
 #include <restkv/selection/set_error/lanes.hpp>
 
+#include <algorithm>
 #include <cmath>
 #include <limits>
 #include <span>
@@ -29,13 +30,8 @@ struct observed_rows {
 /// Channels of a row as floats, then zeros up to `width`.
 template <element T>
 void widen_padded(const tensor_view<const T, 1>& row, index_t width, float* out) noexcept {
-  const index_t count = row.extent(0);
-  if (row.stride(0) == 1) {
-    restkv::widen_row(row.data, out, count);
-  } else {
-    for (index_t c = 0; c < count; ++c) out[c] = widen<float>(row(c));
-  }
-  for (index_t c = count; c < width; ++c) out[c] = 0.0f;
+  widen_row(row, out);
+  std::fill(out + row.extent(0), out + width, 0.0f);
 }
 
 /// Attention below this is 0: its squares would be subnormal, which processors compute slowly.
