@@ -91,18 +91,6 @@ std::vector<index_t> row_of(const const_kept_tokens& kept, index_t b, index_t h)
   return {&kept.positions(b, h, 0), &kept.positions(b, h, 0) + kept.lengths(b, h)};
 }
 
-template <std::size_t Rank>
-tensor_view<const float, Rank + 1> batched(const tensor_view<float, Rank>& view) {
-  tensor_view<const float, Rank + 1> one;
-  one.data = view.data;
-  one.extents[0] = 1;
-  for (std::size_t axis = 0; axis < Rank; ++axis) {
-    one.extents[axis + 1] = view.extents[axis];
-    one.strides[axis + 1] = view.strides[axis];
-  }
-  return one;
-}
-
 }  // namespace
 
 TEST_CASE("the bound is met, and not with one unit less") {

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Budgets across layers: the cascade against one choice over all layers, written apart; totals, peaks, slots.
+#include "support/allocation_counter.hpp"
 #include "support/arranged_layer.hpp"
 #include "support/check_error.hpp"
 
@@ -10,33 +11,13 @@
 #include <restkv/reference/backend.hpp>
 #include <restkv/rescoring/lava.hpp>
 
-#include <cstdlib>
 #include <deque>
 #include <map>
-#include <new>
 #include <numeric>
 #include <set>
 
 using namespace restkv;
 using namespace restkv_test;
-
-namespace {
-int allocations = 0;
-}  // namespace
-
-// Not inlined: GCC 12 takes malloc and free inside for a mismatch with new and delete.
-[[gnu::noinline]] void* operator new(std::size_t bytes) {
-  ++allocations;
-  void* const memory = std::malloc(std::max<std::size_t>(bytes, 1));
-  if (memory == nullptr) throw std::bad_alloc();
-  return memory;
-}
-[[gnu::noinline]] void* operator new(std::size_t bytes, const std::nothrow_t&) noexcept {
-  ++allocations;
-  return std::malloc(std::max<std::size_t>(bytes, 1));
-}
-[[gnu::noinline]] void operator delete(void* memory) noexcept { std::free(memory); }
-[[gnu::noinline]] void operator delete(void* memory, std::size_t) noexcept { std::free(memory); }
 
 namespace {
 
@@ -45,7 +26,7 @@ struct uncounted_backend : reference_backend {
   template <class Request, element T>
   status token_scores(const Request& request, const layer_view<T>& layer, scratch<Request>& memory,
                       tensor_view<double, 3> out) const {
-    const int before = allocations;
+    const long before = allocations;
     const status outcome = reference_backend::token_scores(request, layer, memory, out);
     allocations = before;
     return outcome;
@@ -489,13 +470,13 @@ TEST_CASE("32 layers: the model never holds more than its budget, and all of it 
     // Again, with the same memory and no other.
     throw_if_failed(selection.begin());
     CHECK(selection.layers() == 0);
-    const int before_run = allocations;
-    for (index_t l = 0; l < 32; ++l) {
-      throw_if_failed(selection.add_layer(backend, model.view(l), workspace(space)));
-      (void)selection.kept(l);
-      (void)selection.cache_slots(l / 2);
-    }
-    const int allocated = allocations - before_run;
+    const long allocated = allocations_of([&] {
+      for (index_t l = 0; l < 32; ++l) {
+        throw_if_failed(selection.add_layer(backend, model.view(l), workspace(space)));
+        (void)selection.kept(l);
+        (void)selection.cache_slots(l / 2);
+      }
+    });
     CHECK(allocated == 0);
     for (std::size_t i = 0; i < 64; ++i) {
       CHECK(selection.length(static_cast<index_t>(i) / 2, 0, static_cast<index_t>(i) % 2) == before[i]);

@@ -2,57 +2,11 @@
 // A hundred thousand tokens under each policy (fewer where a sanitizer slows them): below the mark, at a flat cost,
 // without an allocation.
 #include "session/session_support.hpp"
+#include "support/allocation_counter.hpp"
 
 #include <restkv/backend/eigen/backend.hpp>
 
 #include <array>
-#include <atomic>
-#include <cstdlib>
-#include <new>
-
-namespace {
-
-std::atomic<bool> counting{false};
-std::atomic<long> allocations{0};
-
-void* allocate_or_null(std::size_t bytes, std::size_t alignment) noexcept {
-  if (counting) ++allocations;
-  return std::aligned_alloc(alignment, (std::max<std::size_t>(bytes, 1) + alignment - 1) / alignment * alignment);
-}
-
-void* allocate(std::size_t bytes, std::size_t alignment) {
-  void* const memory = allocate_or_null(bytes, alignment);
-  if (memory == nullptr) throw std::bad_alloc();
-  return memory;
-}
-
-}  // namespace
-
-// Not inlined: GCC would take the malloc and free inside for a pair that does not match.
-[[gnu::noinline]] void* operator new(std::size_t bytes) { return allocate(bytes, alignof(std::max_align_t)); }
-[[gnu::noinline]] void* operator new[](std::size_t bytes) { return allocate(bytes, alignof(std::max_align_t)); }
-[[gnu::noinline]] void* operator new(std::size_t bytes, std::align_val_t alignment) {
-  return allocate(bytes, static_cast<std::size_t>(alignment));
-}
-[[gnu::noinline]] void* operator new[](std::size_t bytes, std::align_val_t alignment) {
-  return allocate(bytes, static_cast<std::size_t>(alignment));
-}
-[[gnu::noinline]] void* operator new(std::size_t bytes, const std::nothrow_t&) noexcept {
-  return allocate_or_null(bytes, alignof(std::max_align_t));
-}
-[[gnu::noinline]] void* operator new[](std::size_t bytes, const std::nothrow_t&) noexcept {
-  return allocate_or_null(bytes, alignof(std::max_align_t));
-}
-[[gnu::noinline]] void operator delete(void* memory) noexcept { std::free(memory); }
-[[gnu::noinline]] void operator delete[](void* memory) noexcept { std::free(memory); }
-[[gnu::noinline]] void operator delete(void* memory, std::size_t) noexcept { std::free(memory); }
-[[gnu::noinline]] void operator delete[](void* memory, std::size_t) noexcept { std::free(memory); }
-[[gnu::noinline]] void operator delete(void* memory, std::align_val_t) noexcept { std::free(memory); }
-[[gnu::noinline]] void operator delete[](void* memory, std::align_val_t) noexcept { std::free(memory); }
-[[gnu::noinline]] void operator delete(void* memory, std::size_t, std::align_val_t) noexcept { std::free(memory); }
-[[gnu::noinline]] void operator delete[](void* memory, std::size_t, std::align_val_t) noexcept { std::free(memory); }
-[[gnu::noinline]] void operator delete(void* memory, const std::nothrow_t&) noexcept { std::free(memory); }
-[[gnu::noinline]] void operator delete[](void* memory, const std::nothrow_t&) noexcept { std::free(memory); }
 
 using namespace restkv_test;
 using restkv::eigen_backend;
@@ -102,7 +56,7 @@ void run(const char* name, const Policy& policy) {
   index_t most = 0;
   index_t failures = 0;
   allocations = 0;
-  counting = true;
+  counting_allocations = true;
   for (index_t t = 0; t < steps; ++t) {
     const auto at = [t](const tensor_view<const float, 3>& tensor) { return tensor.slice(1, t % period, 1); };
     const long before = backend.work;
@@ -110,7 +64,7 @@ void run(const char* name, const Policy& policy) {
     work[static_cast<std::size_t>(t * 10 / steps)] += backend.work - before;
     most = std::max(most, owner.session.length(0, 0) + owner.session.length(0, 1));
   }
-  counting = false;
+  counting_allocations = false;
   CHECK(failures == 0);
   CHECK(allocations == 0);
   CHECK(most == 2 * policy.high_water);  // reached, and never passed
@@ -126,9 +80,9 @@ void run(const char* name, const Policy& policy) {
 
 TEST_CASE("the counter counts") {
   std::vector<int> kept;  // a compiler may leave out a pair of new and delete that nobody sees
-  counting = true;
+  counting_allocations = true;
   kept.resize(1000);
-  counting = false;
+  counting_allocations = false;
   CHECK(allocations == 1);
 }
 

@@ -38,4 +38,17 @@ struct file_tensor {
   restkv::tensor_view<T, Rank> view;
 };
 
+/// A tensor of a file's layer with a batch of 1 in front.
+template <class T, std::size_t Rank>
+restkv::tensor_view<const T, Rank + 1> batched(const restkv::tensor_view<T, Rank>& view) {
+  restkv::tensor_view<const T, Rank + 1> one;
+  one.data = view.data;
+  one.extents[0] = 1;
+  for (std::size_t axis = 0; axis < Rank; ++axis) {
+    one.extents[axis + 1] = view.extents[axis];
+    one.strides[axis + 1] = view.strides[axis];
+  }
+  return one;
+}
+
 }  // namespace restkv_test

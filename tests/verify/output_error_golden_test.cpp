@@ -8,23 +8,6 @@
 using namespace restkv;
 using namespace restkv_test;
 
-namespace {
-
-/// The tensors of a file's layer, with a batch of 1 in front.
-template <std::size_t Rank>
-tensor_view<const float, Rank + 1> batched(const tensor_view<float, Rank>& view) {
-  tensor_view<const float, Rank + 1> one;
-  one.data = view.data;
-  one.extents[0] = 1;
-  for (std::size_t axis = 0; axis < Rank; ++axis) {
-    one.extents[axis + 1] = view.extents[axis];
-    one.strides[axis + 1] = view.strides[axis];
-  }
-  return one;
-}
-
-}  // namespace
-
 TEST_CASE("the golden set errors: per head before and through W_O, and per layer") {
   const auto i = GENERATE(0, 1, 2);
   CAPTURE(i);
