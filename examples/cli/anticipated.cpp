@@ -20,24 +20,23 @@ namespace restkv::cli {
 
 namespace {
 
-/// A kept set in memory of its own.
-struct kept_copy {
-  std::vector<position_t> positions;
-  std::vector<position_t> lengths;
-  kept_tokens kept;
+/// Tokens that the head with the most of them keeps.
+index_t longest_head(const const_kept_tokens& kept) {
+  position_t longest = 0;
+  for (index_t h = 0; h < kept.heads(); ++h) longest = std::max(longest, kept.lengths(0, h));
+  return longest;
+}
 
-  explicit kept_copy(const const_kept_tokens& from) {
-    const index_t heads = from.heads();
-    for (index_t h = 0; h < heads; ++h) lengths.push_back(from.lengths(0, h));
-    const index_t capacity = *std::max_element(lengths.begin(), lengths.end());
-    for (index_t h = 0; h < heads; ++h) {
-      for (index_t i = 0; i < capacity; ++i) {
-        positions.push_back(i < from.lengths(0, h) ? from.positions(0, h, i) : position_t{0});
-      }
-    }
-    kept = {{positions.data(), {1, heads, capacity}}, {lengths.data(), {1, heads}}};
+/// The same set with room for `room` tokens a head.
+owned_kept_tokens with_room(const const_kept_tokens& from, index_t room) {
+  owned_kept_tokens made(1, from.heads(), room);
+  const kept_tokens to = made.kept();
+  for (index_t h = 0; h < from.heads(); ++h) {
+    to.lengths(0, h) = from.lengths(0, h);
+    std::copy_n(&from.positions(0, h, 0), from.lengths(0, h), &to.positions(0, h, 0));
   }
-};
+  return made;
+}
 
 /// A compacted cache of its own.
 struct dense_cache {
@@ -66,8 +65,9 @@ refined_selection select_anticipated(const trace_layer& layer, refinement how, i
   eigen_backend backend(threads);
   std::vector<double> frequencies(static_cast<std::size_t>(prompt.key.extent(3) / 2));
   require(rope_frequencies(rope_parameters<>{prompt.key.extent(3), rope_theta}, frequencies), "");
+  const bool exchanges = how == refinement::set_error || how == refinement::set_error_fitted;
   group_metric joint;  // once, when a model is loaded
-  require(joint.build(layer.projection, prompt.query.extent(1), prompt.key.extent(3), heads), "");
+  if (exchanges) require(joint.build(layer.projection, prompt.query.extent(1), prompt.key.extent(3), heads), "");
   const auto begin = std::chrono::steady_clock::now();
 
   const anticipation guess{.horizon = horizon, .frequencies = frequencies};
@@ -78,48 +78,43 @@ refined_selection select_anticipated(const trace_layer& layer, refinement how, i
   policy.protect.recent = horizon + recent;
   owned_selection start;
   require(start.run(backend, policy, coming.layer), "");
-  kept_copy kept(start.kept());
+  owned_kept_tokens chosen = with_room(start.kept(), longest_head(start.kept()));
 
-  if (how == refinement::set_error || how == refinement::set_error_fitted) {
+  if (exchanges) {
     auto wider = policy;
     wider.budget.budget = 3 * budget + horizon;
-    owned_selection candidates;
-    require(candidates.run(backend, wider, coming.layer), "");
+    owned_selection run;
+    require(run.run(backend, wider, coming.layer), "");
+    const owned_kept_tokens candidates = with_room(run.kept(), longest_head(run.kept()));
+    // Heads exchange room: each may take what all have.
+    chosen = with_room(chosen, std::max(candidates.kept().capacity(), chosen.kept().capacity()));
     const set_error options{.horizon = horizon,
                             .weights = coming.weights,
                             .noise_weights = coming.noise_weights,
                             .protect = {.sink = 0, .recent = horizon + recent}};
-    // Heads exchange room: each may take what all have.
-    const kept_copy choice(candidates.kept());
-    const index_t room = std::max(choice.kept.capacity(), kept.kept.capacity());
-    std::vector<position_t> positions(static_cast<std::size_t>(heads * room));
-    for (index_t h = 0; h < heads; ++h) {
-      std::copy_n(&kept.kept.positions(0, h, 0), kept.kept.lengths(0, h), positions.begin() + h * room);
-    }
-    kept.positions = std::move(positions);
-    kept.kept.positions = {kept.positions.data(), {1, heads, room}};
-    std::vector<std::byte> memory(set_error_workspace_bytes(options, coming.layer, choice.kept, kept.kept));
-    require(refine_set_error(backend, options, coming.layer, joint.view(), choice.kept, kept.kept, workspace(memory)),
-            "");
+    kept_tokens set = chosen.kept();
+    std::vector<std::byte> memory(set_error_workspace_bytes(options, coming.layer, candidates, set));
+    require(refine_set_error(backend, options, coming.layer, joint.view(), candidates, set, workspace(memory)), "");
   }
+  kept_tokens kept = chosen.kept();
 
   // The copies of the last tokens stand behind the prompt's, so that dropping them leaves the rest where it is.
-  const dense_cache cache(kept.kept, coming.layer);
+  const dense_cache cache(kept, coming.layer);
   using merged = merged_cache<dense_layout<float>, dense_layout<float>>;
   if (how == refinement::anticipated_fitted || how == refinement::set_error_fitted) {
-    const merged with_copies{kept.kept, cache.key, cache.value, {}};
+    const merged with_copies{kept, cache.key, cache.value, {}};
     std::vector<std::byte> memory(fit_workspace_bytes(with_copies, coming.layer));
     require(fit_values(with_copies, coming.layer, {}, workspace(memory)), "");
   }
-  drop_anticipated(kept.kept, tokens);
+  drop_anticipated(kept, tokens);
 
   refined_selection result;
   result.chosen.seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
   result.chosen.heads = heads;
-  result.chosen.positions = kept.positions;
-  result.chosen.lengths = kept.lengths;
+  result.chosen.positions.assign(kept.positions.data, kept.positions.data + heads * kept.capacity());
+  result.chosen.lengths.assign(kept.lengths.data, kept.lengths.data + heads);
   merged_output_errors errors;
-  require(merged_future_error(backend, merged{kept.kept, cache.key, cache.value, {}}, prompt, layer.future(), errors), "");
+  require(merged_future_error(backend, merged{kept, cache.key, cache.value, {}}, prompt, layer.future(), errors), "");
   result.mean = errors.mean_relative();
   for (index_t i = 0; i < errors.queries(); ++i) {
     const double norm = errors.layer_output_norm()(0, i);
