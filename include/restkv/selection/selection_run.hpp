@@ -5,6 +5,7 @@
 
 #include <restkv/plan.hpp>
 #include <restkv/selection/pruning.hpp>
+#include <restkv/selection/selection_problem.hpp>
 #include <restkv/selection/top_k.hpp>
 
 #include <atomic>
@@ -27,8 +28,8 @@ class selection_run {
   selection_run(Backend& backend, const plan<Policy>& plan, const layer_view<T>& layer, const request_t& request,
                 selection_memory<Backend, Policy>& memory, scratch_t& scratch,
                 const selection_details<real>* details) noexcept
-      : backend_(backend), plan_(plan), layer_(layer), request_(request), memory_(memory), scratch_(scratch),
-        details_(details) {}
+      : backend_(backend), plan_(plan), layer_(layer), problem_(plan, layer), request_(request), memory_(memory),
+        scratch_(scratch), details_(details) {}
 
   /// `weigh()` fills the rescorer's weights.
   template <class Weigh>
@@ -88,50 +89,10 @@ class selection_run {
     return {};
   }
 
-  /// One row of scores: where its tokens lie, and which of them may be evicted. Tokens are counted from the beginning
-  /// of the sequence; units hold `unit` of them.
-  struct row_problem {
-    const layer_view<T>* layer = nullptr;
-    index_t batch = 0;
-    index_t head = 0;  ///< of the plan's rows
-    sequence_span span{};
-    index_t unit = 1;
-    index_t first = 0;  ///< first unit without a sink
-    index_t end = 0;    ///< first unit behind it with a recent token, or that is not full
-
-    [[nodiscard]] index_t units() const noexcept { return (span.length + unit - 1) / unit; }
-    [[nodiscard]] index_t end_of(index_t u) const noexcept { return std::min(span.length, (u + 1) * unit); }
-    [[nodiscard]] bool may_evict(index_t u) const noexcept {
-      if (u < first || u >= end) return false;
-      if (layer->keep_mask.data == nullptr) return true;
-      for (index_t n = u * unit; n < end_of(u); ++n) {
-        if (layer->keep_mask(batch, span.begin + n) != 0) return false;
-      }
-      return true;
-    }
-    [[nodiscard]] index_t count_candidates() const noexcept {
-      if (layer->keep_mask.data == nullptr) return std::max<index_t>(0, end - first);
-      index_t candidates = 0;
-      for (index_t u = first; u < end; ++u) candidates += may_evict(u) ? 1 : 0;
-      return candidates;
-    }
-  };
-
   /// Rows of all sequences.
-  [[nodiscard]] index_t rows() const noexcept { return batch() * plan_.rows; }
-  /// Where a row's tokens lie; row b * plan.rows + h is that of head h of sequence b.
-  [[nodiscard]] row_problem problem_of(index_t row) const noexcept {
-    row_problem problem;
-    problem.layer = &layer_;
-    problem.batch = row / plan_.rows;
-    problem.head = row % plan_.rows;
-    problem.span = sequence(layer_, problem.batch, kv_head_of(row));
-    problem.unit = plan_.policy.granularity.tokens;
-    const budget_problem units = budget_of_span(plan_.policy, plan_.shape, plan_.rows, problem.span.length);
-    problem.end = std::max<index_t>(0, problem.span.length - plan_.policy.recent()) / problem.unit;
-    problem.first = problem.end - units.candidates;
-    return problem;
-  }
+  [[nodiscard]] index_t rows() const noexcept { return problem_.rows(); }
+  /// See `selection_problem`.
+  [[nodiscard]] row_problem<T> problem_of(index_t row) const noexcept { return problem_.row(row); }
   /// The order keys of a row that was ranked, one for each of its units; `excluded_key` where a unit is protected.
   [[nodiscard]] std::span<const key_t> keys_of(index_t row) const noexcept {
     return {key_row(row), static_cast<std::size_t>(problem_of(row).units())};
@@ -142,39 +103,13 @@ class selection_run {
   [[nodiscard]] tensor_view<real, 3> score_room() const noexcept { return memory_.score; }
 
  private:
-  /// A sequence as an allocator sees it.
-  struct sequence_problem {
-    budget_problem budget{};
-    index_t units_per_head = 0;  ///< the budget, protected units included
-    [[nodiscard]] bool keeps_all() const noexcept { return budget.length <= units_per_head; }
-  };
-
   [[nodiscard]] index_t batch() const noexcept { return plan_.shape.batch; }
   /// Rows that the backend fills: those of all heads, whether they share a kept set or not.
   [[nodiscard]] index_t head_row(index_t row) const noexcept {
     return row / plan_.rows * plan_.heads + row % plan_.rows;
   }
-  [[nodiscard]] index_t kv_head_of(index_t row) const noexcept {
-    return row % plan_.rows * plan_.shape.kv_heads / plan_.heads;
-  }
-
   [[nodiscard]] sequence_problem sequence_of(index_t b) const noexcept {
-    const index_t* const candidates = memory_.candidates + b * plan_.rows;
-    sequence_problem problem;
-    index_t longest = 0;
-    index_t longest_row = 0;
-    for (index_t h = 0; h < plan_.rows; ++h) {
-      const index_t length = sequence(layer_, b, kv_head_of(h)).length;
-      if (length > longest) longest_row = h;
-      longest = std::max(longest, length);
-    }
-    problem.budget = budget_of_span(plan_.policy, plan_.shape, plan_.rows, longest);
-    problem.budget.candidates = candidates[longest_row];
-    if (layer_.head_lengths.data != nullptr) {
-      problem.budget.head_candidates = {candidates, static_cast<std::size_t>(plan_.rows)};
-    }
-    problem.units_per_head = plan_.policy.budget.tokens_per_head(problem.budget);
-    return problem;
+    return problem_.sequence(b, memory_.candidates + b * plan_.rows);
   }
 
   [[nodiscard]] real* score_row(index_t row) const noexcept {
@@ -188,42 +123,12 @@ class selection_run {
   [[nodiscard]] row_context context_of(index_t row) const noexcept { return {memory_.drift.data[head_row(row)]}; }
 
   void count_candidates() const noexcept {
-    for (index_t row = 0; row < rows(); ++row) memory_.candidates[row] = problem_of(row).count_candidates();
+    for (index_t b = 0; b < batch(); ++b) problem_.count_candidates(b, memory_.candidates + b * plan_.rows);
   }
 
-  /// Fails where a sequence protects more tokens than its budget or the plan's capacity holds, and where heads that are
-  /// to share a kept set have different tokens.
   [[nodiscard]] status check_budgets() const noexcept {
-    const auto ll = [](index_t n) { return static_cast<long long>(n); };
     for (index_t b = 0; b < batch(); ++b) {
-      const sequence_problem problem = sequence_of(b);
-      RESTKV_RETURN_IF_FAILED(check_problem(plan_.policy.budget, problem.budget));
-      const index_t kept = problem.budget.protected_tokens();
-      const index_t budget = std::min(problem.units_per_head, problem.budget.length);
-      const index_t fixed =
-          budget_of_span(plan_.policy, plan_.shape, plan_.rows, sequence(layer_, b, kv_head_of(0)).length)
-              .protected_tokens();
-      if (budget < kept && kept > fixed) {
-        return status::error(errc::invalid_argument,
-                             "sequence %lld: the budget is %lld %s per head, the mask and window protect %lld", ll(b),
-                             ll(budget), plan_.policy.granularity.tokens == 1 ? "tokens" : "chunks or pages", ll(kept));
-      }
-      for (index_t h = 0; h < plan_.rows; ++h) {
-        const row_problem row = problem_of(b * plan_.rows + h);
-        const index_t tokens = row.span.length - memory_.candidates[b * plan_.rows + h] * row.unit;
-        if (tokens > plan_.capacity) {
-          return status::error(errc::invalid_argument, "sequence %lld protects %lld tokens, the plan's heads keep %lld",
-                               ll(b), ll(tokens), ll(plan_.capacity));
-        }
-      }
-      if (!plan_.policy.granularity.shared) continue;
-      for (index_t h = 1; h < layer_.head_lengths.extent(1); ++h) {
-        if (layer_.head_lengths(b, h) == layer_.head_lengths(b, 0)) continue;
-        return status::error(errc::invalid_argument,
-                             "sequence %lld: head 0 has %lld tokens, head %lld has %lld: heads that share a kept set "
-                             "must have the same",
-                             ll(b), ll(layer_.head_lengths(b, 0)), ll(h), ll(layer_.head_lengths(b, h)));
-      }
+      RESTKV_RETURN_IF_FAILED(problem_.check_budget(b, memory_.candidates + b * plan_.rows));
     }
     return {};
   }
@@ -310,7 +215,7 @@ class selection_run {
   /// Smooths each row, rescores it where asked, and replaces the result by its order keys.
   void rank(bool rescore) const {
     backend_.parallel_for(rows(), [&](index_t row) {
-      const row_problem problem = problem_of(row);
+      const row_problem<T> problem = problem_of(row);
       const auto past = static_cast<std::size_t>(request_.past_of(problem.span.length));
       const real* const scores = score_row(row);
       real* const smoothed = smoothed_row(row);
@@ -332,7 +237,7 @@ class selection_run {
     const sequence_problem sequence = sequence_of(row / plan_.rows);
     const index_t unit = plan_.policy.granularity.tokens;
     const index_t heads = plan_.shape.query_heads / plan_.rows;
-    const row_problem problem = problem_of(row);
+    const row_problem<T> problem = problem_of(row);
     const auto row_of = [&](const tensor_view<real, 3>& rows, index_t tokens) {
       if (rows.data == nullptr) return std::span<const real>();
       return std::span<const real>(rows.data + head_row(row) * plan_.shape.tokens, static_cast<std::size_t>(tokens));
@@ -358,7 +263,7 @@ class selection_run {
         std::span<real>(memory_.rescoring + row * elements, static_cast<std::size_t>(elements)));
   }
 
-  void describe(const row_problem& problem, const real* scores, const real* smoothed, std::size_t past) const noexcept {
+  void describe(const row_problem<T>& problem, const real* scores, const real* smoothed, std::size_t past) const noexcept {
     const index_t copies = plan_.heads / plan_.rows;
     for (index_t h = problem.head * copies; h < (problem.head + 1) * copies; ++h) {
       for (std::size_t n = 0; n < past; ++n) {
@@ -372,7 +277,7 @@ class selection_run {
   /// Key u is written where the score of token u lay, after those of unit u, none of which comes before it, were read.
   template <class KeyOf>
   void make_keys(index_t row, const KeyOf& key_of) const noexcept {
-    const row_problem problem = problem_of(row);
+    const row_problem<T> problem = problem_of(row);
     key_t* const keys = key_row(row);
     for (index_t u = 0; u < problem.units(); ++u) {
       std::construct_at(keys + u, problem.may_evict(u) ? key_of(u) : key_t{excluded_key});
@@ -434,7 +339,7 @@ class selection_run {
   /// See `choose`.
   void choose_units(const index_t* counts) const {
     backend_.parallel_for(rows(), [&](index_t row) {
-      const row_problem problem = problem_of(row);
+      const row_problem<T> problem = problem_of(row);
       const index_t count = counts[row];
       const key_t* const keys = key_row(row);
       position_t* const positions = memory_.positions.data + head_row(row) * plan_.capacity;
@@ -460,7 +365,7 @@ class selection_run {
   /// Fails where an allocator breaks its promises: what it gave may pass the end of a row.
   [[nodiscard]] status check_counts(const index_t* counts) const {
     for (index_t row = 0; row < rows(); ++row) {
-      const row_problem problem = problem_of(row);
+      const row_problem<T> problem = problem_of(row);
       const index_t candidates = memory_.candidates[row];
       const index_t fixed = problem.span.length - candidates * problem.unit;
       const index_t most = std::min(candidates, (plan_.capacity - fixed) / problem.unit);
@@ -478,6 +383,7 @@ class selection_run {
   Backend& backend_;
   const plan<Policy>& plan_;
   const layer_view<T>& layer_;
+  selection_problem<Policy, T> problem_;
   const request_t& request_;
   selection_memory<Backend, Policy>& memory_;
   scratch_t& scratch_;
