@@ -7,6 +7,7 @@
 #include <restkv/core/layer.hpp>
 #include <restkv/core/workspace.hpp>
 #include <restkv/policy.hpp>
+#include <restkv/selection/bulk_memory.hpp>
 #include <restkv/selection/kept_tokens.hpp>
 #include <restkv/selection/pruning.hpp>
 
@@ -28,11 +29,11 @@ struct plan {
 
 /// What the selection saw, for inspection: every member is filled, over the tokens of each sequence counted from its
 /// beginning. Asking for it costs the memory of one more row per head and turns certified pruning off.
-template <std::floating_point Real>
+template <std::floating_point Real, memory_space Space = memory_space::host>
 struct selection_details {
-  tensor_view<Real, 3> score{};     ///< before spatial smoothing, [batch, heads, tokens]; defined below `past`
-  tensor_view<Real, 3> smoothed{};  ///< after it, [batch, heads, tokens]
-  tensor_view<double, 2> drift{};   ///< [batch, heads]; 0 unless the spatial smoother needs it
+  tensor_view<Real, 3, Space> score{};     ///< before spatial smoothing, [batch, heads, tokens]; defined below `past`
+  tensor_view<Real, 3, Space> smoothed{};  ///< after it, [batch, heads, tokens]
+  tensor_view<double, 2, Space> drift{};   ///< [batch, heads]; 0 unless the spatial smoother needs it
 
   /// That every member has room for `rows` heads of `tokens` tokens in each of `batch` sequences.
   [[nodiscard]] status check(index_t batch, index_t rows, index_t tokens) const noexcept {
@@ -194,6 +195,31 @@ struct selection_memory {
   }
 };
 
+/// What a bulk backend asks of a plan beyond the rest.
+template <class Backend, class Policy>
+[[nodiscard]] status check_bulk_plan(const plan<Policy>& made) noexcept {
+  const auto ll = [](index_t n) { return static_cast<long long>(n); };
+  if (made.rows > most_bulk_rows || made.shape.batch > most_bulk_rows) {
+    return status::error(errc::unsupported, "%lld sequences of %lld heads: this backend serves %lld of each at most",
+                         ll(made.shape.batch), ll(made.rows), ll(most_bulk_rows));
+  }
+  if constexpr (space_of<Backend>() == memory_space::device) {
+    const auto problem = budget_of_span(made.policy, made.shape, made.rows, made.shape.tokens);
+    bool by_keys = true;
+    if constexpr (pooled_budget_allocator<decltype(made.policy.budget)>) by_keys = !made.policy.budget.pools();
+    if constexpr (ranking_budget_allocator<decltype(made.policy.budget)>) {
+      by_keys = by_keys && made.policy.budget.deciding_keys(problem) != 0;
+    }
+    if (by_keys) {
+      return status::error(errc::unsupported,
+                           "the budget allocator looks at the keys of all %lld tokens of %lld heads, which lie in the "
+                           "device's memory: see pooled_budget_allocator",
+                           ll(problem.length), ll(problem.heads));
+    }
+  }
+  return {};
+}
+
 }  // namespace detail
 
 /// Validates a policy for a shape and computes the workspace. Nothing is allocated.
@@ -257,15 +283,31 @@ template <tensor_backend Backend, class Policy>
   const index_t fixed = std::min(shape.tokens, policy.protect.sink + policy.recent());
   made.capacity = most >= (shape.tokens + unit - 1) / unit ? shape.tokens
                                                            : std::clamp<index_t>(most * unit, fixed, shape.tokens);
-  workspace counting;
-  detail::selection_memory<Backend, Policy> memory(backend, made, counting);
-  typename Backend::template scratch<score_request_of<Policy>> scratch(backend, make_score_request(policy, shape),
-                                                                       counting);
-  if constexpr (rescores<decltype(policy.rescoring)>) {
-    detail::rescoring_inputs<Backend, Policy> inputs(backend, policy, shape, counting);
+  if constexpr (detail::selects_in_bulk<Backend, Policy>) {
+    RESTKV_RETURN_IF_FAILED(detail::check_bulk_plan<Backend>(made));
+    workspace counting;
+    detail::bulk_memory<Backend, plan<Policy>> memory(backend, made, counting);
+    typename Backend::template scratch<score_request_of<Policy>> scratch(backend, make_score_request(policy, shape),
+                                                                         counting);
+    RESTKV_RETURN_IF_FAILED(counting.check());
+    made.workspace_bytes = counting.required_bytes();
   }
-  RESTKV_RETURN_IF_FAILED(counting.check());
-  made.workspace_bytes = counting.required_bytes();
+  if constexpr (detail::space_of<Backend>() == memory_space::host) {
+    // On a bulk backend whose memory is the host's too: choices over several layers take its rows one by one.
+    workspace counting;
+    detail::selection_memory<Backend, Policy> memory(backend, made, counting);
+    typename Backend::template scratch<score_request_of<Policy>> scratch(backend, make_score_request(policy, shape),
+                                                                         counting);
+    if constexpr (rescores<decltype(policy.rescoring)>) {
+      detail::rescoring_inputs<Backend, Policy> inputs(backend, policy, shape, counting);
+    }
+    RESTKV_RETURN_IF_FAILED(counting.check());
+    made.workspace_bytes = std::max(made.workspace_bytes, counting.required_bytes());
+  } else {
+    static_assert(detail::selects_in_bulk<Backend, Policy>,
+                  "a device backend serves policies with a score of tokens, a spatial smoother that has parts and "
+                  "smooth_part, and no rescorer");
+  }
   out = made;
   return {};
 }

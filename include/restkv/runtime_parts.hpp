@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 /// @file
 /// Policy parts chosen at run time: for programs that read their policy from a file. Each holds one of the parts of its
-/// kind and behaves exactly like it; one instantiation of `select` then serves all of them.
+/// kind and behaves exactly like it; one instantiation of `select` then serves all of them. On the host: a device backend
+/// wants parts of known types.
 #pragma once
 
 #include <restkv/budget/budget_table.hpp>
@@ -73,7 +74,7 @@ struct any_spatial {
   std::variant<no_pool, average_pool, max_pool, adaptive_window> choice{};  ///< the part it behaves like
 
   ///@{
-  /// See `spatial_smoother`; as the choice.
+  /// See `spatial_smoother` and `parted_spatial_smoother`; as the choice.
   static constexpr bool needs_drift = true;
 
   [[nodiscard]] constexpr bool uses_drift() const noexcept { return std::holds_alternative<adaptive_window>(choice); }
@@ -84,6 +85,13 @@ struct any_spatial {
   [[nodiscard]] token_reach reach(const row_context& row) const noexcept {
     return std::visit([&](const auto& part) -> token_reach { return part.reach(row); }, choice);
   }
+  [[nodiscard]] index_t parts(index_t length, const row_context& row) const noexcept {
+    return std::visit([&](const auto& part) -> index_t { return part.parts(length, row); }, choice);
+  }
+  template <std::floating_point Real>
+  void smooth_part(index_t n, std::span<const Real> in, std::span<Real> out, const row_context& row) const noexcept {
+    std::visit([&](const auto& part) { part.smooth_part(n, in, out, row); }, choice);
+  }
   [[nodiscard]] status check() const noexcept { return detail::check_choice(choice); }
   ///@}
 };
@@ -93,7 +101,7 @@ struct any_budget {
   std::variant<uniform, pyramid, ada_kv, head_kv, budget_table, duo_attention> choice{};  ///< the part it behaves like
 
   ///@{
-  /// See `budget_allocator`; as the choice.
+  /// See `budget_allocator` and `pooled_budget_allocator`; as the choice.
   [[nodiscard]] index_t tokens_per_head(const budget_problem& problem) const noexcept {
     return std::visit([&](const auto& part) -> index_t { return part.tokens_per_head(problem); }, choice);
   }
@@ -107,6 +115,17 @@ struct any_budget {
   void allocate(const budget_problem& problem, tensor_view<const Key, 2> keys, std::span<index_t> counts,
                 std::span<double> scratch) const noexcept {
     std::visit([&](const auto& part) { part.allocate(problem, keys, counts, scratch); }, choice);
+  }
+  [[nodiscard]] bool pools() const noexcept {
+    const auto* const pooled = std::get_if<ada_kv>(&choice);
+    return pooled != nullptr && pooled->pools();
+  }
+  [[nodiscard]] index_t pooled_keys(const budget_problem& problem) const noexcept {
+    const auto* const pooled = std::get_if<ada_kv>(&choice);
+    return pooled != nullptr ? pooled->pooled_keys(problem) : 0;
+  }
+  void share_pool(const budget_problem& problem, std::span<index_t> counts, std::span<double> scratch) const noexcept {
+    if (const auto* const pooled = std::get_if<ada_kv>(&choice)) pooled->share_pool(problem, counts, scratch);
   }
   [[nodiscard]] index_t chosen_in_layer(const budget_problem& problem) const noexcept {
     return std::visit([&](const auto& part) -> index_t { return restkv::chosen_in_layer(part, problem); }, choice);

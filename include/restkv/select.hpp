@@ -3,6 +3,7 @@
 /// `select`: from a layer's views to the positions each head keeps.
 #pragma once
 
+#include <restkv/selection/bulk_selection.hpp>
 #include <restkv/selection/selection_run.hpp>
 
 #include <vector>
@@ -11,23 +12,19 @@ namespace restkv {
 
 namespace detail {
 
-/// Checks the arguments of a selection, carves its memory and calls use(run, weigh): a `selection_run`, and what fills
-/// its rescorer's weights.
-template <tensor_backend Backend, class Policy, element T, class Use>
-[[nodiscard]] status with_selection_run(Backend& backend, const plan<Policy>& plan, const layer_view<T>& layer,
-                                        workspace& space,
-                                        const selection_details<typename Backend::score_type>* details,
-                                        const Use& use) {
+/// Checks the arguments of a selection.
+template <class Policy, element T, memory_space Space, class Real>
+[[nodiscard]] status check_selection(const plan<Policy>& plan, const layer_view<T, Space>& layer,
+                                     const workspace& space, const selection_details<Real, Space>* details) {
   using score_t = decltype(plan.policy.score);
   if (space.counting()) {
     return status::error(errc::workspace_too_small, "the workspace has no memory, the plan needs %zu bytes",
                          plan.workspace_bytes);
   }
-  const auto request = make_score_request(plan.policy, plan.shape);
   const auto& rescoring = plan.policy.rescoring;
   using rescoring_t = std::remove_cvref_t<decltype(rescoring)>;
   constexpr bool attends = rescoring_reads_attention<rescoring_t>();
-  const index_t window = attends ? plan.policy.window : request.window;
+  const index_t window = attends ? plan.policy.window : make_score_request(plan.policy, plan.shape).window;
   RESTKV_RETURN_IF_FAILED(check_layer(layer, plan.shape, window, needs_window<score_t>() || attends,
                                       needs_values<score_t>() || rescoring_needs_values<rescoring_t>(),
                                       needs_metric(plan.policy.score) || needs_metric(weight_of(rescoring))));
@@ -37,6 +34,19 @@ template <tensor_backend Backend, class Policy, element T, class Use>
   if (details != nullptr) {
     RESTKV_RETURN_IF_FAILED(details->check(plan.shape.batch, plan.heads, layer.key.extent(2)));
   }
+  return {};
+}
+
+/// Checks the arguments of a selection, carves its memory and calls use(run, weigh): a `selection_run`, and what fills
+/// its rescorer's weights.
+template <tensor_backend Backend, class Policy, element T, class Use>
+[[nodiscard]] status with_selection_run(Backend& backend, const plan<Policy>& plan, const layer_view<T>& layer,
+                                        workspace& space,
+                                        const selection_details<typename Backend::score_type>* details,
+                                        const Use& use) {
+  RESTKV_RETURN_IF_FAILED(check_selection(plan, layer, space, details));
+  using rescoring_t = decltype(plan.policy.rescoring);
+  const auto request = make_score_request(plan.policy, plan.shape);
   selection_memory<Backend, Policy> memory(backend, plan, space);
   typename Backend::template scratch<score_request_of<Policy>> scratch(backend, request, space);
   selection_run<Backend, Policy, T> run(backend, plan, layer, request, memory, scratch, details);
@@ -50,6 +60,20 @@ template <tensor_backend Backend, class Policy, element T, class Use>
   }
 }
 
+/// `select` on a bulk backend.
+template <bulk_backend Backend, class Policy, element T, memory_space Space>
+[[nodiscard]] status select_in_bulk(Backend& backend, const plan<Policy>& plan, const layer_view<T, Space>& layer,
+                                    workspace& space, basic_kept_tokens<position_t, Space>& kept,
+                                    const selection_details<float, Space>* details) {
+  RESTKV_RETURN_IF_FAILED(check_selection(plan, layer, space, details));
+  const auto request = make_score_request(plan.policy, plan.shape);
+  bulk_memory<Backend, restkv::plan<Policy>> memory(backend, plan, space);
+  typename Backend::template scratch<score_request_of<Policy>> scratch(backend, request, space);
+  RESTKV_RETURN_IF_FAILED(space.check());
+  bulk_selection<Backend, Policy, T> run(backend, plan, layer, request, memory, scratch, details);
+  return run.run(kept);
+}
+
 }  // namespace detail
 
 /// Chooses the tokens each head keeps. `kept` points into the workspace afterwards and is valid as long as that is.
@@ -60,12 +84,22 @@ template <tensor_backend Backend, class Policy, element T, class Use>
 /// Errors: a layer that does not fit the plan; a workspace smaller than planned; details without room; a mask that
 /// protects more tokens than the budget holds; an allocator that gives a head more than it said. Throws only what the
 /// backend throws: nothing with `eigen_backend`, std::bad_alloc with the reference.
-template <tensor_backend Backend, class Policy, element T>
-[[nodiscard]] status select(Backend& backend, const plan<Policy>& plan, const layer_view<T>& layer, workspace space,
-                            kept_tokens& kept,
-                            const selection_details<typename Backend::score_type>* details = nullptr) {
-  return detail::with_selection_run(backend, plan, layer, space, details,
-                                    [&](auto& run, const auto& weigh) { return run.run(weigh, kept); });
+///
+/// On a `bulk_backend` the layer's tensors, the workspace and what `kept` points at lie in the backend's memory, lengths and
+/// the mask in the host's; the host waits for nothing, and nothing is read back. There the keys of one selection may be
+/// read by an allocator only as `pooled_budget_allocator` says.
+template <tensor_backend Backend, class Policy, element T, memory_space Space>
+  requires(Space == detail::space_of<Backend>())
+[[nodiscard]] status select(Backend& backend, const plan<Policy>& plan, const layer_view<T, Space>& layer,
+                            workspace space, basic_kept_tokens<position_t, Space>& kept,
+                            const std::type_identity_t<selection_details<typename Backend::score_type, Space>>* details =
+                                nullptr) {
+  if constexpr (detail::selects_in_bulk<Backend, Policy>) {
+    return detail::select_in_bulk(backend, plan, layer, space, kept, details);
+  } else {
+    return detail::with_selection_run(backend, plan, layer, space, details,
+                                      [&](auto& run, const auto& weigh) { return run.run(weigh, kept); });
+  }
 }
 
 /// A kept set that owns its memory, for callers without a workspace of their own. Movable.

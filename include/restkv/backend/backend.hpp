@@ -54,6 +54,13 @@ struct archetype_body {
 template <class B>
 concept has_floating_score_type = std::floating_point<typename B::score_type>;
 
+/// Where a backend's tensors lie: `B::space`, the host's memory where it has none.
+template <class B>
+[[nodiscard]] constexpr memory_space space_of() noexcept {
+  if constexpr (requires { typename std::integral_constant<memory_space, B::space>; }) return B::space;
+  return memory_space::host;
+}
+
 template <class B>
 concept has_parallel_for = requires(B& backend) { backend.parallel_for(index_t{}, archetype_body{}); };
 
@@ -65,19 +72,21 @@ concept has_scratch = std::constructible_from<archetype_scratch<B>, const B&, co
 
 template <class B>
 concept has_scratch_with_drift = requires(archetype_scratch<B>& scratch) {
-  { scratch.drift() } -> std::same_as<tensor_view<double, 2>>;
+  { scratch.drift() } -> std::same_as<tensor_view<double, 2, space_of<B>()>>;
 };
 
 template <class B>
-concept has_token_scores = requires(B& backend, const archetype_request& request, const layer_view<float>& layer,
-                                    archetype_scratch<B>& scratch, tensor_view<typename B::score_type, 3> rows) {
+concept has_token_scores = requires(B& backend, const archetype_request& request,
+                                    const layer_view<float, space_of<B>()>& layer, archetype_scratch<B>& scratch,
+                                    tensor_view<typename B::score_type, 3, space_of<B>()> rows) {
   { backend.token_scores(request, layer, scratch, rows) } -> std::same_as<status>;
 };
 
 template <class B>
-concept has_window_drift = requires(B& backend, const archetype_request& request, const layer_view<float>& layer,
+concept has_window_drift = requires(B& backend, const archetype_request& request,
+                                    const layer_view<float, space_of<B>()>& layer,
                                     std::span<const index_t> most_attended, archetype_scratch<B>& scratch,
-                                    tensor_view<double, 2> drift) {
+                                    tensor_view<double, 2, space_of<B>()> drift) {
   { backend.window_drift(request, layer, most_attended, scratch, drift) } -> std::same_as<status>;
 };
 
@@ -86,8 +95,9 @@ concept has_window_drift = requires(B& backend, const archetype_request& request
 /// A backend.
 ///
 /// * `score_type`: float, or double in the reference.
+/// * `space`, optional: where the tensors of its layers, its workspace and its results lie; the host's memory otherwise.
 /// * `parallel_for(n, body)`: runs body(0) .. body(n - 1), each once, in any order, and returns when all are done.
-///   Neither allocates nor throws.
+///   Neither allocates nor throws. A backend with memory of a device has `bulk_backend`'s loops instead.
 /// * `scratch<Request>`: working memory of the two primitives below, carved by its constructor
 ///   `(backend, request, workspace)`; constructed once with a counting workspace and once with a real one. Its
 ///   `drift()` is room for the drift of every query head, [batch, query_heads].
@@ -97,7 +107,8 @@ concept has_window_drift = requires(B& backend, const archetype_request& request
 /// * `window_drift(request, layer, most_attended, scratch, out)`: the drift of each query head's attention, see
 ///   adaptive_window; out is [batch, query_heads]; most_attended[b] is how many tokens per query take part.
 template <class B>
-concept tensor_backend = detail::has_floating_score_type<B> && detail::has_parallel_for<B> &&
+concept tensor_backend = detail::has_floating_score_type<B> &&
+                         (detail::space_of<B>() == memory_space::device || detail::has_parallel_for<B>) &&
                          detail::has_scratch<B> && detail::has_scratch_with_drift<B> && detail::has_token_scores<B> &&
                          detail::has_window_drift<B>;
 

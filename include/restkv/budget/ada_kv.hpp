@@ -26,20 +26,20 @@ struct ada_kv {
   bool normalise = false;  ///< compare heads by how concentrated they are rather than by their raw scores
 
   /// See `budget_allocator`.
-  [[nodiscard]] index_t tokens_per_head(const budget_problem& problem) const noexcept {
+  [[nodiscard]] RESTKV_HD index_t tokens_per_head(const budget_problem& problem) const noexcept {
     return budget.of(problem);
   }
   /// See `budget_allocator`.
-  [[nodiscard]] index_t most_per_head(const budget_problem& problem) const noexcept {
-    const index_t base = chosen_per_head(*this, problem);
-    const double most = static_cast<double>(std::min(problem.heads * base, problem.candidates)) *
-                            (1.0 - static_cast<double>(floor)) +
-                        static_cast<double>(base) * static_cast<double>(floor);
+  [[nodiscard]] RESTKV_HD index_t most_per_head(const budget_problem& problem) const noexcept {
+    const index_t base = base_of(problem);
+    const auto part = static_cast<double>(floor);
+    const double most = std::fma(static_cast<double>(std::min(problem.heads * base, problem.candidates)), 1.0 - part,
+                                 static_cast<double>(base) * part);
     return problem.protected_tokens() + std::min(problem.candidates, static_cast<index_t>(most) + 1);
   }
   /// `normalise` compares sums over all scores.
   [[nodiscard]] index_t deciding_keys(const budget_problem& problem) const noexcept {
-    return normalise ? std::numeric_limits<index_t>::max() : problem.heads * chosen_per_head(*this, problem);
+    return normalise ? std::numeric_limits<index_t>::max() : problem.heads * base_of(problem);
   }
 
   /// See `budget_allocator`.
@@ -47,18 +47,10 @@ struct ada_kv {
   void allocate(const budget_problem& problem, tensor_view<const Key, 2> keys, std::span<index_t> counts,
                 std::span<double> scratch) const noexcept {
     using real = std::conditional_t<sizeof(Key) == 4, float, double>;
-    const index_t base = chosen_per_head(*this, problem);
-    // A head of a ragged cache may leave more to the others than they were planned for.
-    const index_t most = most_per_head(problem) - problem.protected_tokens();
-    const auto ceiling = [&](std::size_t h) {
-      return std::min(most, problem.candidates_of(static_cast<index_t>(h)));
-    };
-    index_t room = 0;
-    for (std::size_t h = 0; h < counts.size(); ++h) room += ceiling(h);
-    const index_t total = std::min(problem.heads * base, room);
+    const index_t total = pooled_keys(problem);
     if (normalise) {
       for (index_t h = 0; h < problem.heads; ++h) {
-        scratch[static_cast<std::size_t>(h)] = concentration(keys[h], base);
+        scratch[static_cast<std::size_t>(h)] = concentration(keys[h], base_of(problem));
       }
       count_best<std::uint64_t>(
           keys.extent(0), keys.extent(1),
@@ -72,13 +64,32 @@ struct ada_kv {
       count_best<Key>(
           keys.extent(0), keys.extent(1), [&](index_t h, index_t n) { return keys(h, n); }, total, counts);
     }
+    share_pool(problem, counts, scratch);
+  }
+
+  ///@{
+  /// See `pooled_budget_allocator`.
+  [[nodiscard]] constexpr bool pools() const noexcept { return !normalise; }
+  [[nodiscard]] RESTKV_HD index_t pooled_keys(const budget_problem& problem) const noexcept {
+    const index_t most = most_of(problem);
+    index_t room = 0;
+    for (index_t h = 0; h < problem.heads; ++h) room += std::min(most, problem.candidates_of(h));
+    return std::min(problem.heads * base_of(problem), room);
+  }
+  RESTKV_HD void share_pool(const budget_problem& problem, std::span<index_t> counts,
+                            std::span<double> scratch) const noexcept {
     // Mixing keeps the sum: sum over h of count[h] (1 - floor) + base floor = heads base.
     const auto part = static_cast<double>(floor);
+    const auto even = static_cast<double>(base_of(problem)) * part;
     for (std::size_t h = 0; h < counts.size(); ++h) {
-      scratch[h] = static_cast<double>(counts[h]) * (1.0 - part) + static_cast<double>(base) * part;
+      scratch[h] = std::fma(static_cast<double>(counts[h]), 1.0 - part, even);
     }
-    round_to_total(scratch.first(counts.size()), total, ceiling, counts);
+    const index_t most = most_of(problem);
+    round_to_total(
+        scratch.first(counts.size()), pooled_keys(problem),
+        [&](std::size_t h) { return std::min(most, problem.candidates_of(static_cast<index_t>(h))); }, counts);
   }
+  ///@}
 
   /// Fails on a floor outside [0, 1] and on a bad budget.
   [[nodiscard]] status check() const noexcept {
@@ -89,6 +100,15 @@ struct ada_kv {
   }
 
  private:
+  /// Candidates a head keeps on average.
+  [[nodiscard]] RESTKV_HD index_t base_of(const budget_problem& problem) const noexcept {
+    return detail::chosen_of(tokens_per_head(problem), problem);
+  }
+  /// Candidates a head keeps at most: a head of a ragged cache may leave more to the others than they were planned for.
+  [[nodiscard]] RESTKV_HD index_t most_of(const budget_problem& problem) const noexcept {
+    return most_per_head(problem) - problem.protected_tokens();
+  }
+
   /// counts[h] = how many of the `total` best keys lie in row h.
   template <std::unsigned_integral Key, class KeyAt>
   static void count_best(index_t rows, index_t length, const KeyAt& key_at, index_t total,

@@ -28,13 +28,13 @@ struct budget_problem {
   std::span<const index_t> head_candidates{};
 
   /// Units per head that are kept whatever the budget.
-  [[nodiscard]] constexpr index_t protected_tokens() const noexcept { return length - candidates; }
+  [[nodiscard]] RESTKV_HD constexpr index_t protected_tokens() const noexcept { return length - candidates; }
   /// Candidates of head h.
-  [[nodiscard]] constexpr index_t candidates_of(index_t h) const noexcept {
+  [[nodiscard]] RESTKV_HD constexpr index_t candidates_of(index_t h) const noexcept {
     return head_candidates.empty() ? candidates : head_candidates[static_cast<std::size_t>(h)];
   }
   /// Candidates of all heads together.
-  [[nodiscard]] constexpr index_t all_candidates() const noexcept {
+  [[nodiscard]] RESTKV_HD constexpr index_t all_candidates() const noexcept {
     if (head_candidates.empty()) return heads * candidates;
     index_t sum = 0;
     for (const index_t count : head_candidates) sum += count;
@@ -59,12 +59,12 @@ struct budget_size {
   }
 
   /// Tokens for a sequence of `length`, never more than it has.
-  [[nodiscard]] index_t of(index_t length) const noexcept {
+  [[nodiscard]] RESTKV_HD index_t of(index_t length) const noexcept {
     if (ratio == 0.0) return std::min(tokens, length);
     return std::min(length, static_cast<index_t>(std::floor(ratio * static_cast<double>(length))));
   }
   /// Units for a head of a problem, rounded down, never more than it has.
-  [[nodiscard]] index_t of(const budget_problem& problem) const noexcept {
+  [[nodiscard]] RESTKV_HD index_t of(const budget_problem& problem) const noexcept {
     return budget_size(*this, problem.unit).of(problem.length);
   }
 
@@ -83,7 +83,7 @@ struct budget_size {
 
  private:
   /// The same budget counted in units.
-  constexpr budget_size(const budget_size& size, index_t unit) noexcept
+  RESTKV_HD constexpr budget_size(const budget_size& size, index_t unit) noexcept
       : tokens(size.tokens / unit), ratio(size.ratio) {}
 };
 
@@ -133,11 +133,32 @@ concept ranking_budget_allocator = budget_allocator<A> && requires(const A& allo
   { allocator.deciding_keys(problem) } -> std::convertible_to<index_t>;
 };
 
+/// An allocator that lets the heads of a layer compete in one pool: the counts follow from how many of the best
+/// `pooled_keys(problem)` keys of all heads together lie in each head. `share_pool(problem, counts, scratch)`, which is
+/// RESTKV_HD, turns these numbers into the heads' counts. `pools()` is false where the allocator, as it is set, looks at
+/// more than that. Backends that take all rows at once need it.
+template <class A>
+concept pooled_budget_allocator =
+    budget_allocator<A> && requires(const A& allocator, const budget_problem& problem, std::span<index_t> counts,
+                                    std::span<double> scratch) {
+      { allocator.pools() } -> std::same_as<bool>;
+      { allocator.pooled_keys(problem) } -> std::same_as<index_t>;
+      allocator.share_pool(problem, counts, scratch);
+    };
+
+namespace detail {
+
+/// Candidates of a head that keeps `tokens` tokens, protected ones included.
+[[nodiscard]] RESTKV_HD constexpr index_t chosen_of(index_t tokens, const budget_problem& problem) noexcept {
+  return std::clamp<index_t>(std::min(tokens, problem.length) - problem.protected_tokens(), 0, problem.candidates);
+}
+
+}  // namespace detail
+
 /// Candidates a head keeps on average, from what an allocator asks for.
 template <budget_allocator A>
 [[nodiscard]] index_t chosen_per_head(const A& allocator, const budget_problem& problem) noexcept {
-  const index_t tokens = std::min<index_t>(allocator.tokens_per_head(problem), problem.length);
-  return std::clamp<index_t>(tokens - problem.protected_tokens(), 0, problem.candidates);
+  return detail::chosen_of(allocator.tokens_per_head(problem), problem);
 }
 
 /// Candidates that the heads of a layer keep together: allocator.chosen_in_layer(problem) where it has that, else heads
@@ -166,8 +187,8 @@ template <budget_allocator A>
 /// of shares, which are heads or layers, and O(n) for each unit that a ceiling cuts off. A share that is not finite
 /// counts as 0.
 template <std::invocable<std::size_t> Ceiling>
-void round_to_total(std::span<const double> shares, index_t total, const Ceiling& ceiling,
-                    std::span<index_t> counts) noexcept {
+RESTKV_HD void round_to_total(std::span<const double> shares, index_t total, const Ceiling& ceiling,
+                              std::span<index_t> counts) noexcept {
   const auto share = [&](std::size_t i) {
     return std::isfinite(shares[i]) ? std::clamp(shares[i], 0.0, static_cast<double>(ceiling(i))) : 0.0;
   };

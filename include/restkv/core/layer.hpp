@@ -17,20 +17,25 @@ enum class padding { left, right };
 
 /// The metric in which a change of a head's output is measured, prepared from W_O once, when the model is loaded
 /// (`output_metric`). G[h] = W[h]^T W[h] is the Gram matrix of the head's slice of the output projection.
-struct output_metric_view {
+template <memory_space Space>
+struct basic_output_metric_view {
   /// G[h], in double. [query_heads, head_dim, head_dim]
-  tensor_view<const double, 3> gram{};
+  tensor_view<const double, 3, Space> gram{};
   /// The Cholesky factor L[h], lower triangular with L L^T = G, so that ||W x|| = ||L^T x||.
   /// [query_heads, head_dim, head_dim]
-  tensor_view<const float, 3> factor{};
+  tensor_view<const float, 3, Space> factor{};
   /// lambda_r, descending, never negative. [query_heads, head_dim]
-  tensor_view<const float, 2> spectrum{};
+  tensor_view<const float, 2, Space> spectrum{};
 
   /// True where a layer was given no metric.
   [[nodiscard]] constexpr bool missing() const noexcept { return gram.data == nullptr; }
 };
 
-/// One attention layer's problem: views of memory the engine owns. Keys and queries are after RoPE.
+/// A metric in memory of the host, as `output_metric` makes it.
+using output_metric_view = basic_output_metric_view<memory_space::host>;
+
+/// One attention layer's problem: views of memory the engine owns. Keys and queries are after RoPE. Lengths and the mask
+/// are the host's, wherever the tensors lie: they decide what is launched.
 ///
 /// `query` holds the last `n` queries of each sequence, oldest first, n >= the policy's window. With right padding and
 /// n equal to the token axis, row i is the query of token i instead (the engine's whole query tensor).
@@ -42,7 +47,7 @@ struct layer_view {
   chunked_tensor_view<const T, Space> key{};       ///< [batch, kv_heads, tokens, head_dim]
   chunked_tensor_view<const T, Space> value{};     ///< [batch, kv_heads, tokens, head_dim]
   tensor_view<const T, 2, Space> projection{};     ///< W_O [hidden, query_heads * head_dim]; optional
-  output_metric_view metric{};                     ///< from W_O; needed by scores in the projection metric
+  basic_output_metric_view<Space> metric{};        ///< from W_O; needed by scores in the projection metric
   tensor_view<const std::int32_t, 1> lengths{};    ///< [batch]; optional, all tokens where missing
   padding pad = padding::left;                     ///< matters only where lengths are given
   /// [batch, kv_heads]; optional, the tokens of each KV head's cache where they differ: a cache that was compacted with

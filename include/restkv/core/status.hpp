@@ -21,6 +21,8 @@ enum class errc {
   workspace_too_small,  ///< the workspace is smaller than the plan said
   aliasing,             ///< an output overlaps an input where it may not
   unsupported,          ///< a valid request that this backend cannot serve
+  out_of_memory,        ///< the backend's memory ran out
+  device_failure,       ///< the device refused a launch or a copy; the text holds its error
   bad_file,             ///< a file is truncated, inconsistent or not of the expected format
 };
 

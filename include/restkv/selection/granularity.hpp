@@ -42,7 +42,7 @@ struct granularity {
 
   /// A unit's score: NaN where any of its tokens' is.
   template <std::floating_point Real>
-  [[nodiscard]] Real operator()(std::span<const Real> scores) const noexcept {
+  [[nodiscard]] RESTKV_HD Real operator()(std::span<const Real> scores) const noexcept {
     Real reduced = scores[0];
     for (std::size_t i = 1; i < scores.size(); ++i) {
       const bool larger = scores[i] > reduced || scores[i] != scores[i];

@@ -12,19 +12,19 @@ namespace restkv {
 /// `heads` is the number of KV heads, or of query heads when the policy does not reduce over the group. The first
 /// lengths(b, h) entries of positions[b][h] are valid: unique, ascending, indices of the cache's token axis (so with
 /// left padding the first is at least the padding). The rest of a row is unspecified.
-template <class Position = position_t>
+template <class Position = position_t, memory_space Space = memory_space::host>
 struct basic_kept_tokens {
-  tensor_view<Position, 3> positions{};  ///< [batch, heads, capacity]
-  tensor_view<Position, 2> lengths{};    ///< [batch, heads]
+  tensor_view<Position, 3, Space> positions{};  ///< [batch, heads, capacity]
+  tensor_view<Position, 2, Space> lengths{};    ///< [batch, heads]
 
   constexpr basic_kept_tokens() = default;
   /// A view of positions and lengths in memory of your own.
-  constexpr basic_kept_tokens(tensor_view<Position, 3> kept, tensor_view<Position, 2> counts) noexcept
+  constexpr basic_kept_tokens(tensor_view<Position, 3, Space> kept, tensor_view<Position, 2, Space> counts) noexcept
       : positions(kept), lengths(counts) {}
   /// A set that may be written is one that may be read.
   template <class U>
     requires std::is_same_v<const U, Position>
-  constexpr basic_kept_tokens(const basic_kept_tokens<U>& other) noexcept  // NOLINT(google-explicit-constructor)
+  constexpr basic_kept_tokens(const basic_kept_tokens<U, Space>& other) noexcept  // NOLINT(google-explicit-constructor)
       : positions(other.positions), lengths(other.lengths) {}
 
   /// Sequences.
@@ -34,7 +34,9 @@ struct basic_kept_tokens {
   /// Largest number of positions a head may hold.
   [[nodiscard]] constexpr index_t capacity() const noexcept { return positions.extent(2); }
   /// Kept tokens over all heads of all sequences.
-  [[nodiscard]] constexpr index_t total() const noexcept {
+  [[nodiscard]] constexpr index_t total() const noexcept
+    requires(Space == memory_space::host)
+  {
     index_t sum = 0;
     for (index_t b = 0; b < batch(); ++b) {
       for (index_t h = 0; h < heads(); ++h) sum += lengths(b, h);
@@ -47,6 +49,11 @@ struct basic_kept_tokens {
 using kept_tokens = basic_kept_tokens<position_t>;
 /// What compaction and verification read.
 using const_kept_tokens = basic_kept_tokens<const position_t>;
+///@{
+/// The same in memory of a device.
+using device_kept_tokens = basic_kept_tokens<position_t, memory_space::device>;
+using const_device_kept_tokens = basic_kept_tokens<const position_t, memory_space::device>;
+///@}
 
 /// Checks that a kept set can be applied to a cache of `tokens` tokens: ascending, unique, in range, and one row per
 /// KV head or per query head (`heads` a multiple of `kv_heads`).

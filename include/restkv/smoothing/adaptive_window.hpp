@@ -19,7 +19,7 @@ namespace detail {
 
 /// Sum of in[clamp(n, 0, size - 1)] for n in [first, last], the repeats of the two ends counted instead of visited.
 template <std::floating_point Real>
-[[nodiscard]] double replicated_sum(std::span<const Real> in, index_t first, index_t last) noexcept {
+[[nodiscard]] RESTKV_HD double replicated_sum(std::span<const Real> in, index_t first, index_t last) noexcept {
   const index_t end = static_cast<index_t>(in.size()) - 1;
   const index_t before = std::min<index_t>(last, -1) - first + 1;
   const index_t behind = last - std::max(first, end + 1) + 1;
@@ -36,27 +36,27 @@ template <std::floating_point Real>
 /// the window, so that every window is the end of one block and the beginning of the next; both parts are running sums
 /// (van Herk 1992). Nothing is ever subtracted: a huge value leaves no rounding error behind, a NaN stays within its
 /// windows, and no mean falls when a value grows.
+/// This is block `block` of them.
 template <std::floating_point Real>
-void block_mean(std::span<const Real> in, std::span<Real> out, token_reach window) noexcept {
+RESTKV_HD void block_mean(std::span<const Real> in, std::span<Real> out, token_reach window, index_t block) noexcept {
   const auto length = static_cast<index_t>(in.size());
   const index_t width = window.last - window.first + 1;
   const double part = 1.0 / static_cast<double>(width);
   const auto at = [&](index_t n) {
     return static_cast<double>(in[static_cast<std::size_t>(std::clamp<index_t>(n, 0, length - 1))]);
   };
-  for (index_t begin = 0; begin < length; begin += width) {
-    const index_t end = std::min(begin + width, length);
-    double sum = replicated_sum(in, end + window.first, begin + window.last);
-    for (index_t n = end - 1; n >= begin; --n) {
-      sum += at(n + window.first);
-      out[static_cast<std::size_t>(n)] = static_cast<Real>(sum * part);
-    }
-    sum = 0;
-    for (index_t n = begin + 1; n < end; ++n) {
-      sum += at(n + window.last);
-      Real& mean = out[static_cast<std::size_t>(n)];
-      mean = static_cast<Real>(static_cast<double>(mean) + sum * part);
-    }
+  const index_t begin = block * width;
+  const index_t end = std::min(begin + width, length);
+  double sum = replicated_sum(in, end + window.first, begin + window.last);
+  for (index_t n = end - 1; n >= begin; --n) {
+    sum += at(n + window.first);
+    out[static_cast<std::size_t>(n)] = static_cast<Real>(sum * part);
+  }
+  sum = 0;
+  for (index_t n = begin + 1; n < end; ++n) {
+    sum += at(n + window.last);
+    Real& mean = out[static_cast<std::size_t>(n)];
+    mean = static_cast<Real>(std::fma(sum, part, static_cast<double>(mean)));
   }
 }
 
@@ -80,13 +80,13 @@ struct adaptive_window {
   static constexpr bool needs_drift = true;  ///< see `spatial_smoother`
 
   /// k for a drift: odd, at least min_width.
-  [[nodiscard]] index_t width(double drift) const noexcept {
+  [[nodiscard]] RESTKV_HD index_t width(double drift) const noexcept {
     const double steps = std::floor(std::fabs(finite(drift)) / static_cast<double>(scale));
     return std::max<index_t>(min_width, 2 * static_cast<index_t>(std::min(steps, 1e9)) + 1);
   }
 
   /// s for a drift.
-  [[nodiscard]] index_t shift(double drift) const noexcept {
+  [[nodiscard]] RESTKV_HD index_t shift(double drift) const noexcept {
     const double steps = std::clamp(finite(drift) / static_cast<double>(scale), -1e9, 1e9);
     if (shift_rule == drift_shift::centred) return static_cast<index_t>(std::trunc(steps));
     const auto floored = static_cast<index_t>(std::floor(steps));
@@ -98,16 +98,35 @@ struct adaptive_window {
   void operator()(std::span<const Real> in, std::span<Real> out, const row_context& row) const noexcept {
     const auto length = static_cast<index_t>(in.size());
     const token_reach window = reach(row);
-    const index_t tokens = window.last - window.first + 1;
-    if (tokens > widest_direct_reach || window.first >= length || window.last <= -length) {
-      detail::block_mean(in, out, window);
+    if (runs_in_blocks(length, window)) {
+      for (index_t block = 0; block < parts(length, row); ++block) detail::block_mean(in, out, window, block);
     } else {
-      detail::shifted_row_sum(in, out, window, Real(1) / static_cast<Real>(tokens), true);
+      detail::shifted_row_sum(in, out, window, Real(1) / static_cast<Real>(tokens_of(window)), true);
     }
   }
 
+  ///@{
+  /// See `parted_spatial_smoother`.
+  [[nodiscard]] RESTKV_HD index_t parts(index_t length, const row_context& row) const noexcept {
+    const token_reach window = reach(row);
+    if (!runs_in_blocks(length, window)) return length;
+    return (length + tokens_of(window) - 1) / tokens_of(window);
+  }
+  template <std::floating_point Real>
+  RESTKV_HD void smooth_part(index_t part, std::span<const Real> in, std::span<Real> out,
+                             const row_context& row) const noexcept {
+    const token_reach window = reach(row);
+    if (runs_in_blocks(static_cast<index_t>(in.size()), window)) {
+      detail::block_mean(in, out, window, part);
+    } else {
+      out[static_cast<std::size_t>(part)] =
+          detail::neighbour_sum(in, part, window, true) * (Real(1) / static_cast<Real>(tokens_of(window)));
+    }
+  }
+  ///@}
+
   /// The tokens out[n] depends on.
-  [[nodiscard]] token_reach reach(const row_context& row) const noexcept {
+  [[nodiscard]] RESTKV_HD token_reach reach(const row_context& row) const noexcept {
     const index_t half = width(row.drift) / 2;
     const index_t centre = shift(row.drift);
     return {centre - half, centre + half};
@@ -126,7 +145,13 @@ struct adaptive_window {
   }
 
  private:
-  [[nodiscard]] static double finite(double drift) noexcept { return std::isfinite(drift) ? drift : 0.0; }
+  [[nodiscard]] RESTKV_HD static constexpr index_t tokens_of(const token_reach& window) noexcept {
+    return window.last - window.first + 1;
+  }
+  [[nodiscard]] RESTKV_HD static constexpr bool runs_in_blocks(index_t length, const token_reach& window) noexcept {
+    return tokens_of(window) > widest_direct_reach || window.first >= length || window.last <= -length;
+  }
+  [[nodiscard]] RESTKV_HD static double finite(double drift) noexcept { return std::isfinite(drift) ? drift : 0.0; }
 };
 
 }  // namespace restkv

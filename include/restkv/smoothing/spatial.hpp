@@ -44,6 +44,17 @@ concept spatial_smoother = detail::smooths_row<S, float> && detail::smooths_row<
 /// `widest_direct_reach` tokens may come from running sums, and is left alone there.
 inline constexpr index_t widest_direct_reach = 129;
 
+/// A smoother that may be run in parts, on any processor: `parts(length, context)` says into how many independent ones
+/// a row falls, `smooth_part(part, in, out, context)` fills those of `out` that belong to one, as the call operator does, bit
+/// by bit. Both are RESTKV_HD. Backends that take all rows at once need it.
+template <class S>
+concept parted_spatial_smoother =
+    spatial_smoother<S> && requires(const S& smoother, std::span<const float> in, std::span<float> out,
+                                    const row_context& row, index_t n) {
+      { smoother.parts(n, row) } -> std::same_as<index_t>;
+      smoother.smooth_part(n, in, out, row);
+    };
+
 template <class S>
 concept monotone_spatial_smoother = spatial_smoother<S> && requires(const S& smoother, const row_context& row) {
   { smoother.reach(row) } -> std::convertible_to<token_reach>;
@@ -72,6 +83,12 @@ struct no_pool {
     std::copy(in.begin(), in.end(), out.begin());
   }
   [[nodiscard]] constexpr token_reach reach(const row_context&) const noexcept { return {0, 0}; }
+  [[nodiscard]] RESTKV_HD constexpr index_t parts(index_t length, const row_context&) const noexcept { return length; }
+  template <std::floating_point Real>
+  RESTKV_HD void smooth_part(index_t n, std::span<const Real> in, std::span<Real> out,
+                             const row_context&) const noexcept {
+    out[static_cast<std::size_t>(n)] = in[static_cast<std::size_t>(n)];
+  }
   ///@}
 };
 
@@ -84,25 +101,32 @@ namespace detail {
   return {};
 }
 
-/// out[n] = (sum over u in [first, last] of in[n + u]) * scale, where terms outside the row are left out (`zero`) or
-/// repeat its ends. The sum runs over u in ascending order for every n, so a result never depends on n's neighbours'
-/// rounding; the loop over n is innermost, so it is a sum of shifted rows and vectorises.
+/// The sum over u in [first, last], ascending, of in[n + u], where terms outside the row are left out, or repeat its ends
+/// (`replicate`).
+template <std::floating_point Real>
+[[nodiscard]] RESTKV_HD Real neighbour_sum(std::span<const Real> in, index_t n, token_reach reach,
+                                           bool replicate) noexcept {
+  const auto length = static_cast<index_t>(in.size());
+  const index_t first = replicate ? reach.first : std::max(reach.first, -n);
+  const index_t last = replicate ? reach.last : std::min(reach.last, length - 1 - n);
+  Real sum = 0;
+  for (index_t u = first; u <= last; ++u) {
+    sum += in[static_cast<std::size_t>(std::clamp<index_t>(n + u, 0, length - 1))];
+  }
+  return sum;
+}
+
+/// out[n] = neighbour_sum(in, n, reach) * scale. The sum runs in the same order for every n, so a result never depends on
+/// n's neighbours' rounding; the loop over n is innermost, so it is a sum of shifted rows and vectorises.
 template <std::floating_point Real>
 void shifted_row_sum(std::span<const Real> in, std::span<Real> out, token_reach reach, Real scale,
                      bool replicate) noexcept {
   const auto length = static_cast<index_t>(in.size());
   if (length == 0) return;
-  const auto at = [&](index_t n) {
-    return in[static_cast<std::size_t>(std::clamp<index_t>(n, 0, length - 1))];
-  };
   const index_t inner_begin = std::clamp<index_t>(-reach.first, 0, length);
   const index_t inner_end = std::clamp<index_t>(length - reach.last, inner_begin, length);
   const auto edge = [&](index_t n) {
-    const index_t first = replicate ? reach.first : std::max(reach.first, -n);
-    const index_t last = replicate ? reach.last : std::min(reach.last, length - 1 - n);
-    Real sum = 0;
-    for (index_t u = first; u <= last; ++u) sum += at(n + u);
-    out[static_cast<std::size_t>(n)] = sum * scale;
+    out[static_cast<std::size_t>(n)] = neighbour_sum(in, n, reach, replicate) * scale;
   };
   for (index_t n = 0; n < inner_begin; ++n) edge(n);
   for (index_t n = inner_end; n < length; ++n) edge(n);
@@ -131,7 +155,16 @@ struct average_pool {
   void operator()(std::span<const Real> in, std::span<Real> out, const row_context& row) const noexcept {
     detail::shifted_row_sum(in, out, reach(row), Real(1) / static_cast<Real>(width), false);
   }
-  [[nodiscard]] constexpr token_reach reach(const row_context&) const noexcept { return {-(width / 2), width / 2}; }
+  [[nodiscard]] RESTKV_HD constexpr token_reach reach(const row_context&) const noexcept {
+    return {-(width / 2), width / 2};
+  }
+  [[nodiscard]] RESTKV_HD constexpr index_t parts(index_t length, const row_context&) const noexcept { return length; }
+  template <std::floating_point Real>
+  RESTKV_HD void smooth_part(index_t n, std::span<const Real> in, std::span<Real> out,
+                             const row_context& row) const noexcept {
+    out[static_cast<std::size_t>(n)] =
+        detail::neighbour_sum(in, n, reach(row), false) * (Real(1) / static_cast<Real>(width));
+  }
   ///@}
   /// Fails on a width that is even or below 1.
   [[nodiscard]] status check() const noexcept { return detail::check_pool_width("average_pool", width); }
@@ -144,20 +177,25 @@ struct max_pool {
   ///@{
   /// See `monotone_spatial_smoother`.
   template <std::floating_point Real>
-  void operator()(std::span<const Real> in, std::span<Real> out, const row_context&) const noexcept {
+  void operator()(std::span<const Real> in, std::span<Real> out, const row_context& row) const noexcept {
     const auto length = static_cast<index_t>(in.size());
-    for (index_t n = 0; n < length; ++n) {
-      const index_t first = std::max<index_t>(0, n - width / 2);
-      const index_t last = std::min<index_t>(length - 1, n + width / 2);
-      Real largest = in[static_cast<std::size_t>(first)];
-      for (index_t i = first; i <= last; ++i) {
-        const Real value = in[static_cast<std::size_t>(i)];
-        largest = value > largest || value != value ? value : largest;
-      }
-      out[static_cast<std::size_t>(n)] = largest;
-    }
+    for (index_t n = 0; n < length; ++n) smooth_part(n, in, out, row);
   }
   [[nodiscard]] constexpr token_reach reach(const row_context&) const noexcept { return {-(width / 2), width / 2}; }
+  [[nodiscard]] RESTKV_HD constexpr index_t parts(index_t length, const row_context&) const noexcept { return length; }
+  template <std::floating_point Real>
+  RESTKV_HD void smooth_part(index_t n, std::span<const Real> in, std::span<Real> out,
+                             const row_context&) const noexcept {
+    const auto length = static_cast<index_t>(in.size());
+    const index_t first = std::max<index_t>(0, n - width / 2);
+    const index_t last = std::min<index_t>(length - 1, n + width / 2);
+    Real largest = in[static_cast<std::size_t>(first)];
+    for (index_t i = first; i <= last; ++i) {
+      const Real value = in[static_cast<std::size_t>(i)];
+      largest = value > largest || value != value ? value : largest;
+    }
+    out[static_cast<std::size_t>(n)] = largest;
+  }
   ///@}
   /// Fails on a width that is even or below 1.
   [[nodiscard]] status check() const noexcept { return detail::check_pool_width("max_pool", width); }

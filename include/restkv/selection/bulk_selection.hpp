@@ -1,0 +1,257 @@
+// SPDX-License-Identifier: Apache-2.0
+/// @file
+/// What `select` does on a bulk backend, step by step. The host looks at shapes, lengths and masks, and enqueues.
+#pragma once
+
+#include <restkv/selection/bulk_memory.hpp>
+#include <restkv/selection/bulk_steps.hpp>
+#include <restkv/selection/selection_problem.hpp>
+
+#include <array>
+
+namespace restkv::detail {
+
+/// Collects values on the stack and uploads them in pieces, in order.
+template <class Backend, class T, std::size_t Room>
+class uploader {
+ public:
+  uploader(Backend& backend, T* to) noexcept : backend_(backend), to_(to) {}
+
+  [[nodiscard]] status add(const T& value) {
+    values_[count_++] = value;
+    return count_ == Room ? flush() : status{};
+  }
+  [[nodiscard]] status flush() {
+    const std::size_t count = std::exchange(count_, 0);
+    if (count == 0) return {};
+    RESTKV_RETURN_IF_FAILED(backend_.upload(to_, std::span<const T>(values_.data(), count)));
+    to_ += count;
+    return {};
+  }
+
+ private:
+  Backend& backend_;
+  T* to_;
+  std::size_t count_ = 0;
+  std::array<T, Room> values_{};
+};
+
+/// One selection: the steps of `select`, in the order in which they run, over memory that was carved before.
+template <class Backend, class Policy, class T>
+class bulk_selection {
+ public:
+  static constexpr memory_space space = space_of<Backend>();
+  using request_t = score_request_of<Policy>;
+  using scratch_t = typename Backend::template scratch<request_t>;
+  using memory_t = bulk_memory<Backend, plan<Policy>>;
+  using details_t = selection_details<float, space>;
+
+  bulk_selection(Backend& backend, const plan<Policy>& plan, const layer_view<T, space>& layer,
+                 const request_t& request, memory_t& memory, scratch_t& scratch, const details_t* details) noexcept
+      : backend_(backend),
+        plan_(plan),
+        layer_(layer),
+        problem_(plan, layer),
+        request_(request),
+        memory_(memory),
+        scratch_(scratch),
+        details_(details) {
+    const bool alike = layer.head_lengths.data == nullptr;
+    rows_ = {.spans = memory.spans,
+             .count = problem_.rows(),
+             .rows_per_span = alike ? plan.rows : 1,
+             .stride = plan.shape.tokens * (plan.heads / plan.rows),
+             .unit = plan.policy.granularity.tokens};
+  }
+
+  [[nodiscard]] status run(basic_kept_tokens<position_t, space>& kept) {
+    bool anything = details_ != nullptr;
+    for (index_t b = 0; b < batch(); ++b) {
+      problem_.count_candidates(b, candidates_.data());
+      RESTKV_RETURN_IF_FAILED(problem_.check_budget(b, candidates_.data()));
+      anything = anything || !problem_.sequence(b, candidates_.data()).keeps_all();
+    }
+    RESTKV_RETURN_IF_FAILED(upload_spans());
+    const bulk_kept out{memory_.positions.data, memory_.lengths.data, plan_.capacity, plan_.heads / plan_.rows};
+    if (!anything) {
+      RESTKV_RETURN_IF_FAILED(
+          backend_.for_each(rows_.count * out.copies * out.capacity, bulk::keep_everything{rows_, out}));
+      if (out.capacity == 0) RESTKV_RETURN_IF_FAILED(clear_lengths());
+    } else {
+      RESTKV_RETURN_IF_FAILED(upload_mask());
+      RESTKV_RETURN_IF_FAILED(measure_drift());
+      RESTKV_RETURN_IF_FAILED(backend_.token_scores(request_, layer_, scratch_, memory_.score));
+      RESTKV_RETURN_IF_FAILED(rank());
+      RESTKV_RETURN_IF_FAILED(allocate());
+      RESTKV_RETURN_IF_FAILED(backend_.find_pivots(memory_.top_k, keys(), rows_, 1, memory_.counts, memory_.pivots));
+      RESTKV_RETURN_IF_FAILED(backend_.write_chosen(memory_.top_k, keys(), rows_, memory_.pivots, out));
+    }
+    kept = {memory_.positions, memory_.lengths};
+    return {};
+  }
+
+ private:
+  [[nodiscard]] index_t batch() const noexcept { return plan_.shape.batch; }
+  /// Tokens of the layer's longest row: none has more.
+  [[nodiscard]] index_t tokens() const noexcept { return layer_.key.extent(2); }
+  [[nodiscard]] std::uint32_t* keys() const noexcept { return reinterpret_cast<std::uint32_t*>(memory_.score.data); }
+  /// The candidates of sequence b's rows; valid until the next call.
+  [[nodiscard]] sequence_problem sequence_of(index_t b) {
+    problem_.count_candidates(b, candidates_.data());
+    return problem_.sequence(b, candidates_.data());
+  }
+
+  [[nodiscard]] status upload_spans() {
+    uploader<Backend, bulk_span, 128> spans(backend_, memory_.spans);
+    for (index_t row = 0; row < rows_.count; row += rows_.rows_per_span) {
+      const row_problem<T, space> of_row = problem_.row(row);
+      RESTKV_RETURN_IF_FAILED(spans.add({.begin = static_cast<position_t>(of_row.span.begin),
+                                         .length = static_cast<position_t>(of_row.span.length),
+                                         .past = static_cast<position_t>(request_.past_of(of_row.span.length)),
+                                         .first = static_cast<position_t>(of_row.first),
+                                         .end = static_cast<position_t>(of_row.end),
+                                         .candidates = static_cast<position_t>(of_row.count_candidates())}));
+    }
+    return spans.flush();
+  }
+
+  /// The mask as bits, counted from the beginning of each sequence.
+  [[nodiscard]] status upload_mask() {
+    if (layer_.keep_mask.data == nullptr) return {};
+    const index_t words = mask_words(plan_.shape.tokens);
+    uploader<Backend, std::uint32_t, 512> bits(backend_, memory_.mask);
+    for (index_t b = 0; b < batch(); ++b) {
+      const sequence_span span = sequence(layer_, b, 0);
+      for (index_t w = 0; w < words; ++w) {
+        std::uint32_t word = 0;
+        for (index_t n = w * 32; n < std::min(span.length, (w + 1) * 32); ++n) {
+          if (layer_.keep_mask(b, span.begin + n) != 0) word |= std::uint32_t{1} << (n % 32);
+        }
+        RESTKV_RETURN_IF_FAILED(bits.add(word));
+      }
+    }
+    return bits.flush();
+  }
+
+  [[nodiscard]] status clear_lengths() {
+    uploader<Backend, position_t, 128> zeros(backend_, memory_.lengths.data);
+    for (index_t i = 0; i < memory_.lengths.size(); ++i) RESTKV_RETURN_IF_FAILED(zeros.add(0));
+    return zeros.flush();
+  }
+
+  [[nodiscard]] status measure_drift() {
+    if constexpr (needs_drift<decltype(plan_.policy.spatial)>()) {
+      if (uses_drift(plan_.policy.spatial)) {
+        // Not more than the rows of one sequence: a plan sees to it.
+        for (index_t b = 0; b < batch(); ++b) {
+          const sequence_problem problem = sequence_of(b);
+          const index_t length = shortest_head(layer_, b);
+          const index_t budget = std::min(problem.units_per_head * plan_.policy.granularity.tokens, length);
+          most_attended_[static_cast<std::size_t>(b)] = std::max<index_t>(0, budget - request_.window_of(length));
+        }
+        RESTKV_RETURN_IF_FAILED(backend_.window_drift(
+            request_, layer_, std::span<const index_t>(most_attended_.data(), static_cast<std::size_t>(batch())),
+            scratch_, scratch_.drift()));
+        return backend_.for_each(
+            rows_.count, bulk::mean_drift{scratch_.drift().data, memory_.drift, plan_.shape.query_heads / plan_.rows});
+      }
+    }
+    return backend_.for_each(rows_.count, bulk::no_drift{memory_.drift});
+  }
+
+  [[nodiscard]] status rank() {
+    const index_t copies = plan_.heads / plan_.rows;
+    if (plan_.policy.granularity.shared) {
+      RESTKV_RETURN_IF_FAILED(backend_.for_each(
+          batch() * tokens(),
+          bulk::share_heads{memory_.score.data, rows_, request_.group, plan_.heads, tokens(), plan_.shape.tokens}));
+    }
+    using smooth = bulk::smooth_rows<decltype(plan_.policy.spatial)>;
+    RESTKV_RETURN_IF_FAILED(backend_.for_each(
+        rows_.count * tokens(),
+        smooth{plan_.policy.spatial, memory_.score.data, memory_.smoothed.data, memory_.drift, rows_, tokens()}));
+    if (details_ != nullptr) {
+      RESTKV_RETURN_IF_FAILED(backend_.for_each(
+          rows_.count * copies * tokens(),
+          bulk::describe_scores<space>{memory_.score.data, memory_.smoothed.data, memory_.drift, rows_, copies,
+                                       plan_.heads, tokens(), details_->score, details_->smoothed, details_->drift}));
+    }
+    const index_t units = (tokens() + rows_.unit - 1) / rows_.unit;
+    const std::uint32_t* const mask = layer_.keep_mask.data == nullptr ? nullptr : memory_.mask;
+    return backend_.for_each(rows_.count * units,
+                             bulk::make_keys{plan_.policy.granularity, memory_.smoothed.data, keys(), mask, rows_,
+                                             plan_.rows, mask_words(plan_.shape.tokens), units});
+  }
+
+  /// How many units each row chooses: known to the host where no key decides.
+  [[nodiscard]] status allocate() {
+    const auto& budget = plan_.policy.budget;
+    using budget_t = std::remove_cvref_t<decltype(budget)>;
+    const index_t* const candidates = layer_.head_lengths.data == nullptr ? nullptr : memory_.candidates;
+    if (candidates != nullptr) {
+      RESTKV_RETURN_IF_FAILED(backend_.for_each(rows_.count, bulk::list_candidates{rows_, memory_.candidates}));
+    }
+    const bulk::sequence_budget problem_of{rows_, plan_.rows, candidates, plan_.shape.layer, plan_.shape.layers};
+    if constexpr (pooled_budget_allocator<budget_t>) {
+      if (budget.pools()) {
+        uploader<Backend, index_t, 128> pooled(backend_, memory_.pooled);
+        for (index_t b = 0; b < batch(); ++b) {
+          RESTKV_RETURN_IF_FAILED(pooled.add(budget.pooled_keys(sequence_of(b).budget)));
+        }
+        RESTKV_RETURN_IF_FAILED(pooled.flush());
+        RESTKV_RETURN_IF_FAILED(
+            backend_.find_pivots(memory_.top_k, keys(), rows_, plan_.rows, memory_.pooled, memory_.pivots));
+        RESTKV_RETURN_IF_FAILED(
+            backend_.count_chosen(memory_.top_k, keys(), rows_, plan_.rows, memory_.pivots, memory_.counts));
+        return backend_.for_each(batch(),
+                                 bulk::share_pools<budget_t>{budget, problem_of, memory_.counts, memory_.shares});
+      }
+    }
+    if (!decides_without_keys()) {
+      if constexpr (space == memory_space::host) {
+        return backend_.for_each(
+            batch(), bulk::allocate_by_keys<budget_t>{budget, problem_of, keys(), memory_.counts, memory_.shares});
+      }
+    }
+    uploader<Backend, index_t, 128> counts(backend_, memory_.counts);
+    std::array<index_t, static_cast<std::size_t>(most_bulk_rows)> of_heads;
+    std::array<double, static_cast<std::size_t>(most_bulk_rows)> shares;
+    const auto heads = static_cast<std::size_t>(plan_.rows);
+    for (index_t b = 0; b < batch(); ++b) {
+      const sequence_problem problem = sequence_of(b);
+      if (problem.keeps_all()) {
+        std::copy_n(candidates_.begin(), heads, of_heads.begin());
+      } else {
+        budget.allocate(problem.budget, tensor_view<const std::uint32_t, 2>(), std::span(of_heads).first(heads),
+                        std::span(shares).first(heads));
+      }
+      for (std::size_t h = 0; h < heads; ++h) RESTKV_RETURN_IF_FAILED(counts.add(of_heads[h]));
+    }
+    return counts.flush();
+  }
+
+  /// True where the allocator looks at no key, for any sequence of the layer.
+  [[nodiscard]] bool decides_without_keys() {
+    if constexpr (ranking_budget_allocator<decltype(plan_.policy.budget)>) {
+      for (index_t b = 0; b < batch(); ++b) {
+        if (plan_.policy.budget.deciding_keys(sequence_of(b).budget) != 0) return false;
+      }
+      return true;
+    }
+    return false;
+  }
+
+  Backend& backend_;
+  const plan<Policy>& plan_;
+  const layer_view<T, space>& layer_;
+  selection_problem<Policy, T, space> problem_;
+  const request_t& request_;
+  memory_t& memory_;
+  scratch_t& scratch_;
+  const details_t* details_;
+  bulk_rows rows_;
+  std::array<index_t, static_cast<std::size_t>(most_bulk_rows)> candidates_{};     // of the sequence looked at last
+  std::array<index_t, static_cast<std::size_t>(most_bulk_rows)> most_attended_{};  // [batch]
+};
+
+}  // namespace restkv::detail
