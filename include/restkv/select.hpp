@@ -128,10 +128,10 @@ class owned_selection {
 #if RESTKV_EXCEPTIONS
 
 /// `select` that throws `restkv::error`.
-template <tensor_backend Backend, class Policy, element T>
-[[nodiscard]] kept_tokens select(Backend& backend, const plan<Policy>& plan, const layer_view<T>& layer,
-                                 workspace space) {
-  kept_tokens kept;
+template <tensor_backend Backend, class Policy, element T, memory_space Space>
+[[nodiscard]] basic_kept_tokens<position_t, Space> select(Backend& backend, const plan<Policy>& plan,
+                                                          const layer_view<T, Space>& layer, workspace space) {
+  basic_kept_tokens<position_t, Space> kept;
   throw_if_failed(select(backend, plan, layer, space, kept));
   return kept;
 }

@@ -126,8 +126,8 @@ struct number_range {
 
 /// The parameters for numbers of a range; an empty range is that of zeros. Symmetric needs signed codes.
 template <element Scale>
-[[nodiscard]] group_parameters<Scale> fit_group(number_range range, const code_format& format,
-                                                quantisation_kind kind) noexcept {
+[[nodiscard]] RESTKV_HD group_parameters<Scale> fit_group(number_range range, const code_format& format,
+                                                          quantisation_kind kind) noexcept {
   const double low = range.low <= range.high ? range.low : 0;
   const double high = range.low <= range.high ? range.high : 0;
   group_parameters<Scale> made;
@@ -152,8 +152,8 @@ template <element Scale>
 /// The code nearest to a number, ties to the even one. Symmetric codes do not use the lowest, so that -x has the code
 /// of x with its sign changed.
 template <element Scale>
-[[nodiscard]] int quantise_number(double number, const group_parameters<Scale>& group, const code_format& format,
-                                  quantisation_kind kind) noexcept {
+[[nodiscard]] RESTKV_HD int quantise_number(double number, const group_parameters<Scale>& group,
+                                            const code_format& format, quantisation_kind kind) noexcept {
   const double lowest = kind == quantisation_kind::symmetric ? -format.highest() : format.lowest();
   const double step = widen<double>(group.scale);
   const double known = number == number ? number : 0;

@@ -51,7 +51,7 @@ class reference_backend {
         const index_t past = request.past_of(sequence(layer, b, row * group / request.shape.group()).length);
         if constexpr (head_score<score_t> && !scores_query_heads<score_t>()) {  // the group's: nothing to reduce
           const std::vector<double> scores = head_scores(request, layer, b, row * group);
-          std::copy_n(scores.begin(), past, &out(b, row, 0));
+          std::copy_n(scores.begin(), past, out.data + out.offset(b, row, 0));
           continue;
         }
         for (index_t j = 0; j < group; ++j) {

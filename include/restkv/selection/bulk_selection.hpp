@@ -8,6 +8,7 @@
 #include <restkv/selection/selection_problem.hpp>
 
 #include <array>
+#include <utility>
 
 namespace restkv::detail {
 

@@ -31,10 +31,10 @@ struct no_running {};
 struct running_sum {
   ///@{
   /// See `running_score`.
-  [[nodiscard]] double fold(double running, double value, index_t observers) const noexcept {
+  [[nodiscard]] RESTKV_HD double fold(double running, double value, index_t observers) const noexcept {
     return observers == 0 ? value : running + value;
   }
-  [[nodiscard]] double score(double running, index_t) const noexcept { return running; }
+  [[nodiscard]] RESTKV_HD double score(double running, index_t) const noexcept { return running; }
   ///@}
 };
 
@@ -43,10 +43,10 @@ struct running_sum {
 struct running_mean {
   ///@{
   /// See `running_score`.
-  [[nodiscard]] double fold(double running, double value, index_t observers) const noexcept {
+  [[nodiscard]] RESTKV_HD double fold(double running, double value, index_t observers) const noexcept {
     return observers == 0 ? value : running + value;
   }
-  [[nodiscard]] double score(double running, index_t observers) const noexcept {
+  [[nodiscard]] RESTKV_HD double score(double running, index_t observers) const noexcept {
     return observers == 0 ? 0.0 : running / static_cast<double>(observers);
   }
   ///@}
@@ -59,11 +59,11 @@ struct running_ema {
 
   ///@{
   /// See `running_score`.
-  [[nodiscard]] double fold(double running, double value, index_t observers) const noexcept {
+  [[nodiscard]] RESTKV_HD double fold(double running, double value, index_t observers) const noexcept {
     const auto kept = static_cast<double>(decay);
     return observers == 0 ? value : kept * running + (1.0 - kept) * value;
   }
-  [[nodiscard]] double score(double running, index_t) const noexcept { return running; }
+  [[nodiscard]] RESTKV_HD double score(double running, index_t) const noexcept { return running; }
   ///@}
   /// Fails on a decay outside [0, 1).
   [[nodiscard]] status check() const noexcept {
@@ -79,10 +79,10 @@ struct running_ema {
 struct running_maximum {
   ///@{
   /// See `running_score`.
-  [[nodiscard]] double fold(double running, double value, index_t observers) const noexcept {
+  [[nodiscard]] RESTKV_HD double fold(double running, double value, index_t observers) const noexcept {
     return observers == 0 || value > running || value != value ? value : running;
   }
-  [[nodiscard]] double score(double running, index_t) const noexcept { return running; }
+  [[nodiscard]] RESTKV_HD double score(double running, index_t) const noexcept { return running; }
   ///@}
 };
 
@@ -91,8 +91,8 @@ struct running_maximum {
 struct running_last {
   ///@{
   /// See `running_score`.
-  [[nodiscard]] double fold(double, double value, index_t) const noexcept { return value; }
-  [[nodiscard]] double score(double running, index_t) const noexcept { return running; }
+  [[nodiscard]] RESTKV_HD double fold(double, double value, index_t) const noexcept { return value; }
+  [[nodiscard]] RESTKV_HD double score(double running, index_t) const noexcept { return running; }
   ///@}
 };
 

@@ -20,7 +20,7 @@ struct row_moments {
   std::size_t count = 0;
 
   template <std::floating_point Real>
-  explicit row_moments(std::span<const Real> rows) noexcept : count(rows.size()) {
+  RESTKV_HD explicit row_moments(std::span<const Real> rows) noexcept : count(rows.size()) {
     for (std::size_t i = 0; i < rows.size(); ++i) {
       const double change = static_cast<double>(rows[i]) - mean;
       mean += change / static_cast<double>(i + 1);
@@ -28,7 +28,7 @@ struct row_moments {
     }
   }
   /// Unbiased; 0 of a single row.
-  [[nodiscard]] double variance() const noexcept {
+  [[nodiscard]] RESTKV_HD double variance() const noexcept {
     return count > 1 ? deviations / static_cast<double>(count - 1) : 0.0;
   }
 };
@@ -41,7 +41,7 @@ struct variance {
   ///@{
   /// See `temporal_smoother`.
   template <std::floating_point Real>
-  [[nodiscard]] Real operator()(std::span<const Real> rows) const noexcept {
+  [[nodiscard]] RESTKV_HD Real operator()(std::span<const Real> rows) const noexcept {
     return static_cast<Real>(detail::row_moments(rows).variance());
   }
   ///@}
@@ -55,7 +55,7 @@ struct mean_variance {
   ///@{
   /// See `temporal_smoother`.
   template <std::floating_point Real>
-  [[nodiscard]] Real operator()(std::span<const Real> rows) const noexcept {
+  [[nodiscard]] RESTKV_HD Real operator()(std::span<const Real> rows) const noexcept {
     const detail::row_moments moments(rows);
     return static_cast<Real>(moments.mean + static_cast<double>(gamma) * moments.variance());
   }

@@ -63,7 +63,7 @@ namespace detail {
 
 /// The sum of weight(i) * row(i), oldest first.
 template <class S, std::floating_point Real>
-[[nodiscard]] constexpr Real weighted_rows(const S& smoother, std::span<const Real> rows) noexcept {
+[[nodiscard]] RESTKV_HD constexpr Real weighted_rows(const S& smoother, std::span<const Real> rows) noexcept {
   Real sum = 0;
   const int count = static_cast<int>(rows.size());
   for (int i = 0; i < count; ++i) sum += static_cast<Real>(smoother.weight(i, count)) * rows[static_cast<std::size_t>(i)];
@@ -78,9 +78,9 @@ struct mean {
   /// See `linear_temporal_smoother`.
   static constexpr bool monotone = true;
 
-  [[nodiscard]] constexpr double weight(int, int count) const noexcept { return 1.0 / count; }
+  [[nodiscard]] RESTKV_HD constexpr double weight(int, int count) const noexcept { return 1.0 / count; }
   template <std::floating_point Real>
-  [[nodiscard]] constexpr Real operator()(std::span<const Real> rows) const noexcept {
+  [[nodiscard]] RESTKV_HD constexpr Real operator()(std::span<const Real> rows) const noexcept {
     return detail::weighted_rows(*this, rows);
   }
   ///@}
@@ -93,9 +93,9 @@ struct sum {
   static constexpr bool monotone = true;
 
   [[nodiscard]] constexpr bool averages() const noexcept { return false; }
-  [[nodiscard]] constexpr double weight(int, int) const noexcept { return 1.0; }
+  [[nodiscard]] RESTKV_HD constexpr double weight(int, int) const noexcept { return 1.0; }
   template <std::floating_point Real>
-  [[nodiscard]] constexpr Real operator()(std::span<const Real> rows) const noexcept {
+  [[nodiscard]] RESTKV_HD constexpr Real operator()(std::span<const Real> rows) const noexcept {
     return detail::weighted_rows(*this, rows);
   }
   ///@}
@@ -110,12 +110,12 @@ struct ema {
   /// See `linear_temporal_smoother`.
   static constexpr bool monotone = true;
 
-  [[nodiscard]] double weight(int i, int count) const noexcept {
+  [[nodiscard]] RESTKV_HD double weight(int i, int count) const noexcept {
     const double decay = 1.0 - static_cast<double>(alpha);
     return std::pow(decay, count - 1 - i) * (i == 0 ? 1.0 : static_cast<double>(alpha));
   }
   template <std::floating_point Real>
-  [[nodiscard]] Real operator()(std::span<const Real> rows) const noexcept {
+  [[nodiscard]] RESTKV_HD Real operator()(std::span<const Real> rows) const noexcept {
     return detail::weighted_rows(*this, rows);
   }
   ///@}
@@ -134,9 +134,9 @@ struct last {
   /// See `linear_temporal_smoother`.
   static constexpr bool monotone = true;
 
-  [[nodiscard]] constexpr double weight(int i, int count) const noexcept { return i + 1 == count ? 1.0 : 0.0; }
+  [[nodiscard]] RESTKV_HD constexpr double weight(int i, int count) const noexcept { return i + 1 == count ? 1.0 : 0.0; }
   template <std::floating_point Real>
-  [[nodiscard]] constexpr Real operator()(std::span<const Real> rows) const noexcept {
+  [[nodiscard]] RESTKV_HD constexpr Real operator()(std::span<const Real> rows) const noexcept {
     return rows.empty() ? Real(0) : rows.back();
   }
   ///@}
@@ -149,11 +149,11 @@ struct maximum {
   static constexpr bool monotone = true;
 
   template <std::floating_point Real>
-  [[nodiscard]] constexpr Real fold(Real running, Real value, bool first) const noexcept {
+  [[nodiscard]] RESTKV_HD constexpr Real fold(Real running, Real value, bool first) const noexcept {
     return first || value > running || value != value ? value : running;
   }
   template <std::floating_point Real>
-  [[nodiscard]] constexpr Real operator()(std::span<const Real> rows) const noexcept {
+  [[nodiscard]] RESTKV_HD constexpr Real operator()(std::span<const Real> rows) const noexcept {
     Real largest = 0;
     for (std::size_t i = 0; i < rows.size(); ++i) largest = fold(largest, rows[i], i == 0);
     return largest;
@@ -170,12 +170,12 @@ struct root_sum_square {
   [[nodiscard]] constexpr bool averages() const noexcept { return false; }
 
   template <std::floating_point Real>
-  [[nodiscard]] Real fold(Real running, Real value, bool first) const noexcept {
+  [[nodiscard]] RESTKV_HD Real fold(Real running, Real value, bool first) const noexcept {
     const double before = first ? 0.0 : static_cast<double>(running);
     return static_cast<Real>(std::sqrt(before * before + static_cast<double>(value) * static_cast<double>(value)));
   }
   template <std::floating_point Real>
-  [[nodiscard]] Real operator()(std::span<const Real> rows) const noexcept {
+  [[nodiscard]] RESTKV_HD Real operator()(std::span<const Real> rows) const noexcept {
     double squares = 0;  // in double, where no square of a float overflows or underflows
     for (const Real value : rows) squares += static_cast<double>(value) * static_cast<double>(value);
     return static_cast<Real>(std::sqrt(squares));
