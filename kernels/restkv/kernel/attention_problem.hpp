@@ -1,0 +1,266 @@
+// SPDX-License-Identifier: Apache-2.0
+/// @file
+/// What the attention kernels are handed: a layer in the executor's memory, and where each head's sequence lies in it.
+#pragma once
+
+#include <restkv/backend/backend.hpp>
+#include <restkv/kernel/group.hpp>
+
+#include <bit>
+#include <cmath>
+#include <limits>
+#include <type_traits>
+
+namespace restkv::kernel {
+
+/// What may be tuned without changing a kept set: sums are split at these places, always alike for one plan, so a
+/// change moves scores by rounding only.
+struct attention_tuning {
+  index_t split_tokens = 1024;  ///< tokens that one block observes at least, a multiple of `token_tile`
+  index_t most_splits = 32;     ///< of a sequence: longer sequences have longer splits
+};
+
+/// Tokens of a tile, the unit in which every kernel reads a cache.
+inline constexpr int token_tile = 64;
+
+/// f(integral_constant<int, 0>) .. f(integral_constant<int, N - 1>): a loop that is certainly unrolled, so that what it
+/// indexes may lie in registers.
+template <int N, int Index = 0, class F>
+RESTKV_HD constexpr void unrolled(const F& f) {
+  if constexpr (Index < N) {
+    f(std::integral_constant<int, Index>{});
+    unrolled<N, Index + 1>(f);
+  }
+}
+
+/// One token's channels.
+template <element T>
+struct token_row {
+  const T* data = nullptr;
+  index_t stride = 1;
+
+  [[nodiscard]] RESTKV_HD float operator[](index_t c) const noexcept { return widen<float>(data[c * stride]); }
+};
+
+/// A cache tensor, [batch, kv_heads, tokens, head_dim], in one piece or a few.
+template <element T>
+struct token_chunks {
+  static constexpr int most = 8;
+
+  const T* data[most] = {};
+  index_t end[most] = {};         ///< token behind the chunk
+  index_t strides[most][4] = {};  ///< of batch, head, token, channel
+  int count = 0;
+
+  /// The row of a token that exists.
+  [[nodiscard]] RESTKV_HD token_row<T> row(index_t batch, index_t head, index_t token) const noexcept {
+    int i = 0;
+    index_t begin = 0;
+    while (i + 1 < count && token >= end[i]) begin = end[i++];
+    const index_t* const step = strides[i];
+    return {data[i] + batch * step[0] + head * step[1] + (token - begin) * step[2], step[3]};
+  }
+
+  /// Refuses tensors in more than `most` pieces that are not empty.
+  template <memory_space Space>
+  [[nodiscard]] status assign(const char* name, const chunked_tensor_view<const T, Space>& cache) noexcept {
+    index_t tokens = 0;
+    count = 0;
+    for (index_t i = 0; i < cache.chunks(); ++i) {
+      const auto& part = cache.chunk(i);
+      if (part.extents[2] == 0) continue;
+      if (count == most) {
+        return status::error(errc::unsupported, "%s lies in %lld chunks, the kernels read at most %d", name,
+                             static_cast<long long>(cache.chunks()), most);
+      }
+      tokens += part.extents[2];
+      data[count] = part.data;
+      end[count] = tokens;
+      for (std::size_t axis = 0; axis < 4; ++axis) strides[count][axis] = part.strides[axis];
+      ++count;
+    }
+    return {};
+  }
+};
+
+/// Where one KV head's sequence lies.
+struct head_span {
+  position_t begin = 0;      ///< first token on the token axis
+  position_t length = 0;     ///< tokens
+  position_t first_row = 0;  ///< row of the query tensor with the oldest query of the window
+};
+
+/// The logit of a token that a query does not see.
+inline constexpr float masked_logit = std::numeric_limits<float>::lowest();
+/// The largest logit, and the smallest less its sign: that of a product that is not a number.
+inline constexpr float most_logit = std::numeric_limits<float>::max() / 2;
+/// restkv::least_rest in float.
+inline constexpr auto least_rest = static_cast<float>(restkv::least_rest);
+/// The root of the largest float: what a distance counts as whose square is infinite.
+inline constexpr float most_distance = 1.8446743e19f;
+
+/// A score clamped to finite; NaN stays NaN.
+[[nodiscard]] RESTKV_HD constexpr float finite_score(float score) noexcept {
+  constexpr float most = std::numeric_limits<float>::max();
+  return score > most ? most : score < -most ? -most : score;
+}
+
+/// A distance, at most most_distance; NaN stays NaN.
+[[nodiscard]] RESTKV_HD constexpr float finite_distance(float x) noexcept {
+  if (x > most_distance) return most_distance;
+  return x;
+}
+
+/// The root of a square: at most most_distance; NaN stays NaN.
+[[nodiscard]] RESTKV_HD inline float root(float square) noexcept { return finite_distance(std::sqrt(square)); }
+
+/// A layer and the queries that observe it. A *lane* is one query of one query head; the lanes of a KV head are those
+/// of its query heads, one head behind the other: lane j * queries + i is query i of head j.
+template <element T>
+struct attention_problem {
+  const T* query = nullptr;  ///< [batch, query_heads, rows, head_dim]
+  index_t query_strides[4] = {};
+  token_chunks<T> key;
+  token_chunks<T> value;
+  const head_span* spans = nullptr;  ///< [batch, kv_heads]
+  logit_perturbation perturbation{};
+  bool perturbed = false;  ///< whether `perturbation` is active
+  float logit_scale = 1;   ///< 1 / sqrt(head_dim)
+  index_t batch = 0;
+  index_t query_heads = 0;
+  index_t kv_heads = 0;
+  index_t head_dim = 0;
+  index_t layer = 0;
+  index_t window = 0;       ///< of the request
+  index_t first_query = 0;  ///< first query of the window that is a lane
+  index_t queries = 0;      ///< lanes of a head
+  index_t split_tokens = 0;
+  index_t splits = 0;
+  bool past_only = true;  ///< whether scores end where the window begins
+
+  [[nodiscard]] RESTKV_HD index_t group() const noexcept { return query_heads / kv_heads; }
+  [[nodiscard]] RESTKV_HD index_t lanes() const noexcept { return group() * queries; }
+  [[nodiscard]] RESTKV_HD const head_span& span(index_t b, index_t kv_head) const noexcept {
+    return spans[b * kv_heads + kv_head];
+  }
+  [[nodiscard]] RESTKV_HD index_t window_of(const head_span& span) const noexcept {
+    return span.length < window ? span.length : window;
+  }
+  /// Tokens that have a score.
+  [[nodiscard]] RESTKV_HD index_t past_of(const head_span& span) const noexcept {
+    return past_only ? span.length - window_of(span) : span.length;
+  }
+  /// Tokens that query `i` of the lanes sees; 0 where the window has no such query.
+  [[nodiscard]] RESTKV_HD index_t visible(const head_span& span, index_t i) const noexcept {
+    const index_t observed = window_of(span);
+    return first_query + i < observed ? span.length - observed + first_query + i + 1 : 0;
+  }
+  /// Tokens that the newest of the lanes sees, and so all that any of them does.
+  [[nodiscard]] RESTKV_HD index_t seen_by_any(const head_span& span) const noexcept {
+    const index_t observed = window_of(span);
+    const index_t last = first_query + queries < observed ? first_query + queries : observed;
+    return last > first_query ? span.length - observed + last : 0;
+  }
+  /// Where the state of a KV head's lanes begins.
+  [[nodiscard]] RESTKV_HD index_t first_lane(index_t b, index_t kv_head) const noexcept {
+    return (b * kv_heads + kv_head) * lanes();
+  }
+  /// A logit that is not a number counts as the lowest, so that a damaged key gets no attention and spoils nobody
+  /// else's.
+  [[nodiscard]] RESTKV_HD static float finite_logit(float x) noexcept {
+    if (x != x) return -most_logit;
+    if (x > most_logit) return most_logit;
+    if (x < -most_logit) return -most_logit;
+    return x;
+  }
+  /// The logit of a product of a query and a key.
+  [[nodiscard]] RESTKV_HD float logit(float product, index_t b, index_t kv_head, int lane, index_t position,
+                                      index_t token) const noexcept {
+    const float x = finite_logit(product * logit_scale);
+    if (!perturbed) return x;
+    return finite_logit(perturbation(x, b, kv_head * group() + lane / static_cast<int>(queries), position, token));
+  }
+};
+
+/// What the lanes know after the softmax.
+struct lane_softmax {
+  float largest = 0;       ///< largest logit; the largest of the others where the rest would fall below least_rest
+  float scale = 0;         ///< a = min(exp(logit - largest) scale, 1)
+  float rest = 0;          ///< sum over the other tokens of exp(logit - largest): a[top] = 1 / (1 + rest)
+  float second = 0;        ///< largest logit of the others
+  float second_scale = 0;  ///< the others' a = exp(logit - second) second_scale
+  position_t top = -1;     ///< the token with the largest logit, the first of equals; -1: the query sees nothing
+
+  [[nodiscard]] RESTKV_HD float share(float logit) const noexcept {
+    const float a = std::exp(logit - largest) * scale;
+    return a < 1.0f ? a : 1.0f;
+  }
+  /// rest, but never so small that odds are infinite.
+  [[nodiscard]] RESTKV_HD float bounded_rest() const noexcept { return rest > least_rest ? rest : least_rest; }
+};
+
+/// Writes a table to the executor's memory, a piece a launch: its values travel as parameters.
+template <class Entry>
+struct table_upload {
+  static constexpr int threads = 128;
+  struct shared {};
+  static constexpr int most = 3072 / static_cast<int>(sizeof(Entry));
+
+  Entry values[most];
+  Entry* to;
+  index_t count;
+
+  template <class Group>
+  RESTKV_HD void operator()(Group& group, shared&, index_t) const {
+    group.for_each(count, [&](index_t i) { group.write(to[i], values[i]); });
+  }
+};
+
+/// Uploads value_of(0) .. value_of(count - 1).
+template <class Executor, class Entry, class ValueOf>
+void upload_table(Executor& executor, Entry* to, index_t count, const ValueOf& value_of) {
+  using upload = table_upload<Entry>;
+  for (index_t first = 0; first < count; first += upload::most) {
+    upload kernel{};
+    kernel.to = to + first;
+    kernel.count = std::min<index_t>(upload::most, count - first);
+    for (index_t i = 0; i < kernel.count; ++i) kernel.values[i] = value_of(first + i);
+    executor.launch(kernel, 1);
+  }
+}
+
+/// Fills in everything of a problem but its lanes and tables.
+template <class Request, element T, memory_space S>
+[[nodiscard]] status make_problem(const Request& request, const layer_view<T, S>& layer,
+                                  attention_problem<T>& problem) noexcept {
+  problem = {};
+  problem.query = layer.query.data;
+  for (std::size_t axis = 0; axis < 4; ++axis) problem.query_strides[axis] = layer.query.strides[axis];
+  RESTKV_RETURN_IF_FAILED(problem.key.assign("key", layer.key));
+  RESTKV_RETURN_IF_FAILED(problem.value.assign("value", layer.value));
+  problem.perturbation = perturbation_of(request.score);
+  problem.perturbed = problem.perturbation.active();
+  problem.logit_scale = 1.0f / std::sqrt(static_cast<float>(request.shape.head_dim));
+  problem.batch = request.shape.batch;
+  problem.query_heads = request.shape.query_heads;
+  problem.kv_heads = request.shape.kv_heads;
+  problem.head_dim = request.shape.head_dim;
+  problem.layer = request.shape.layer;
+  problem.window = request.window;
+  problem.past_only = !scores_window<std::remove_cvref_t<decltype(request.score)>>();
+  return {};
+}
+
+/// Uploads where the heads' sequences lie, [batch, kv_heads].
+template <class Executor, class Request, element T, memory_space S>
+void upload_spans(Executor& executor, const Request& request, const layer_view<T, S>& layer, head_span* to) {
+  upload_table(executor, to, request.shape.batch * request.shape.kv_heads, [&](index_t i) {
+    const index_t b = i / request.shape.kv_heads;
+    const sequence_span span = sequence(layer, b, i % request.shape.kv_heads);
+    const index_t row = request.window > 0 ? first_window_row(layer, b, request.window_of(span.length)) : 0;
+    return head_span{static_cast<position_t>(span.begin), static_cast<position_t>(span.length),
+                     static_cast<position_t>(row)};
+  });
+}
+
+}  // namespace restkv::kernel

@@ -1,0 +1,162 @@
+// SPDX-License-Identifier: Apache-2.0
+// The kernels that move quantised tokens and running scores, on the host group, against the library's own loops.
+#include "cache/cache_support.hpp"
+#include "support/catch.hpp"
+
+#include <restkv/cache/quantised_gather.hpp>
+#include <restkv/kernel/quantised_gather.hpp>
+#include <restkv/kernel/running_update.hpp>
+#include <restkv/session/session_layer.hpp>
+
+using namespace restkv;
+using namespace restkv_test;
+
+namespace {
+
+struct recipe {
+  index_t batch, heads, tokens, channels, tokens_per_group, channels_per_group;
+  code_format format;
+  quantisation_kind kind;
+
+  recipe(random_engine& random, index_t turn) {
+    constexpr index_t of_tokens[] = {1, 2, 3, 4, 8, 32};
+    constexpr index_t of_channels[] = {1, 4, 5, 1000, 32};
+    batch = pick(random, 1, 2);
+    heads = pick(random, 1, 3);
+    tokens = pick(random, 1, 70);
+    channels = pick(random, 1, 40);
+    tokens_per_group = of_tokens[turn % 6];
+    channels_per_group = std::min(of_channels[turn % 5], channels);
+    format.bits = 1 << (1 + turn % 3);
+    kind = static_cast<quantisation_kind>(turn / 2 % 3);
+    format.is_signed = kind == quantisation_kind::symmetric || chance(random, 50);
+    format.packed = chance(random, 50) ? cache_axis::channels : cache_axis::tokens;
+  }
+  [[nodiscard]] static index_t groups(index_t count, index_t of) { return (count + of - 1) / of; }
+};
+
+template <class Scale>
+struct quantised_memory {
+  recipe how;
+  guarded_tensor<std::uint8_t, 4> codes;
+  guarded_tensor<Scale, 4> scale;
+  guarded_tensor<Scale, 4> second;
+
+  quantised_memory(random_engine& random, const recipe& made, bool plain)
+      : how(made),
+        codes(random,
+              made.format.packed == cache_axis::channels
+                  ? std::array<index_t, 4>{made.batch, made.heads, made.tokens, made.format.bytes(made.channels)}
+                  : std::array<index_t, 4>{made.batch, made.heads, made.format.bytes(made.tokens), made.channels},
+              {.contiguous_channels = plain, .row_major = plain, .gaps = !plain}),
+        scale(random, parameters(), {.gaps = !plain}),
+        second(random, parameters(), {.gaps = !plain}) {
+    const auto fill = [&](Scale& x) { x = narrow<Scale>(normal(random)); };
+    for_each(scale.view(), [&](Scale& x) { x = narrow<Scale>(std::abs(normal(random))); });
+    for_each(second.view(), fill);
+  }
+  [[nodiscard]] std::array<index_t, 4> parameters() const {
+    return {how.batch, how.heads, recipe::groups(how.tokens, how.tokens_per_group),
+            recipe::groups(how.channels, how.channels_per_group)};
+  }
+  [[nodiscard]] quantised_view<Scale> view() const {
+    quantised_view<Scale> made{.codes = codes.view(),
+                               .scale = scale.view(),
+                               .tokens = how.tokens,
+                               .channels = how.channels,
+                               .tokens_per_group = how.tokens_per_group,
+                               .channels_per_group = how.channels_per_group,
+                               .format = how.format};
+    if (how.kind == quantisation_kind::zero) made.zero = second.view();
+    if (how.kind == quantisation_kind::offset) made.offset = second.view();
+    return made;
+  }
+  [[nodiscard]] bool same_bytes(const quantised_memory& other) const {
+    return codes.same_bytes(other.codes) && scale.same_bytes(other.scale) && second.same_bytes(other.second);
+  }
+};
+
+template <class Scale>
+void check_quantised(index_t turn) {
+  random_engine random(static_cast<unsigned>(turn + 1));
+  const recipe how(random, turn);
+  const index_t group = pick(random, 1, 2);
+  recipe of_out = how;
+  of_out.heads = how.heads * group;
+  of_out.format.packed = chance(random, 60)   ? how.format.packed
+                         : chance(random, 50) ? cache_axis::channels
+                                              : cache_axis::tokens;
+  const quantised_memory<Scale> source(random, how, turn % 3 == 0);
+  const quantised_memory<Scale> out(random, of_out, turn % 2 == 0);
+  const quantised_memory<Scale> expected(out);
+  CAPTURE(turn, how.tokens, how.channels, how.tokens_per_group, how.channels_per_group, how.format.bits);
+  kernel::conflict_recorder recorder;
+  kernel::host_executor executor(static_cast<std::uint64_t>(turn), &recorder);
+  const random_kept kept(random, how.batch, of_out.heads, how.tokens, how.tokens);
+  REQUIRE(gather_tokens(kept.read(), source.view(), expected.view()).ok());
+  kernel::gather_codes<Scale>(executor, kernel::kept_rows(kept.read()), group, source.view(), out.view());
+  CHECK(out.same_bytes(expected));
+
+  const random_kept own(random, how.batch, how.heads, how.tokens, how.tokens);
+  const quantised_memory<Scale> moved(source);
+  REQUIRE(compact_in_place(own.read(), moved.view()).ok());
+  const quantised_memory<Scale> mine(source);
+  kernel::gather_codes<Scale>(executor, kernel::kept_rows(own.read()), 1, mine.view(), mine.view());
+  CHECK(mine.same_bytes(moved));
+  CHECK(recorder.conflicts().empty());
+}
+
+template <class Running>
+void check_running(const Running& reduction) {
+  random_engine random(5);
+  constexpr index_t kv_heads = 3;
+  constexpr index_t group = 2;
+  constexpr index_t capacity = 600;
+  const auto heads = kv_heads * group;
+  const guarded_tensor<double, 2> running(random, {heads, capacity}, {});
+  const guarded_tensor<double, 2> expected_running(running);
+  guarded_tensor<std::int32_t, 2> observers(random, {kv_heads, capacity}, {});
+  for_each(observers.view(), [&](std::int32_t& n) { n = static_cast<std::int32_t>(pick(random, 0, 3)); });
+  const guarded_tensor<std::int32_t, 2> expected_observers(observers);
+  const guarded_tensor<float, 2> scores(random, {heads, capacity}, {});
+  for_each(scores.view(), [&](float& x) { x = chance(random, 2) ? NAN : static_cast<float>(normal(random)); });
+  for_each(running.view(), [&](double& x) { x = normal(random); });
+  for (index_t h = 0; h < heads; ++h) {
+    for (index_t n = 0; n < capacity; ++n) expected_running.view()(h, n) = running.view()(h, n);
+  }
+  const std::vector<position_t> lengths{600, 0, 257};
+  detail::session_layer<float> layer;
+  layer.key = {nullptr, {kv_heads, capacity, 1}};
+  layer.running = expected_running.view();
+  layer.observers = expected_observers.view();
+  kernel::conflict_recorder recorder;
+  kernel::host_executor executor(3, &recorder);
+  for (const index_t unscored : {0, 1, 1}) {
+    layer.fold(
+        reduction, [&](index_t q, index_t n) { return static_cast<double>(scores.view()(q, n)); },
+        [&](index_t h) { return std::max<index_t>(0, lengths[static_cast<std::size_t>(h)] - unscored); });
+    kernel::fold_scores(executor, reduction, scores.read(),
+                        tensor_view<const position_t, 1>(lengths.data(), {kv_heads}), unscored, running.view(),
+                        observers.view());
+    CHECK(running.same_bytes(expected_running));
+    CHECK(observers.same_bytes(expected_observers));
+  }
+  CHECK(recorder.conflicts().empty());
+}
+
+}  // namespace
+
+TEST_CASE("Kernels gather and compact quantised caches as the library does", "[kernel]") {
+  for (index_t turn = 0; turn < 120; ++turn) {
+    check_quantised<half>(turn);
+    check_quantised<float>(turn);
+  }
+}
+
+TEST_CASE("Kernels fold a query into running scores as a session does", "[kernel]") {
+  check_running(running_sum{});
+  check_running(running_mean{});
+  check_running(running_ema{});
+  check_running(running_maximum{});
+  check_running(running_last{});
+}
