@@ -58,7 +58,7 @@ void comparison::compared(const std::string& name) {
 }
 
 std::string comparison::labelled(const std::string& sentence) const {
-  return fmt::format("{}: {}", name_of(backend_), sentence);
+  return fmt::format("{}: {}", backend_, sentence);
 }
 
 void comparison::mismatch(const std::string& sentence) { outcome_.mismatches.push_back(labelled(sentence)); }
@@ -90,8 +90,8 @@ void comparison::floats(const known_tensor<float>& known, const std::vector<doub
     return worst;
   };
   const auto [error, row] = worst_row(nullptr);
-  auto& noted = outcome_.largest_error[static_cast<std::size_t>(backend_)];
-  noted = std::max(noted.value_or(0), error);
+  double& noted = outcome_.largest_error[backend_];
+  noted = std::max(noted, error);
   if (error <= tolerance_) return;
   const std::string sentence =
       fmt::format("{} of row {} differs by {:.3g} of the row's maximum", known.name, row, error);

@@ -8,8 +8,10 @@
 #include <restkv/interop/safetensors.hpp>
 
 #include <functional>
+#include <map>
 #include <optional>
 #include <string>
+#include <string_view>
 #include <vector>
 
 namespace restkv::cli {
@@ -35,11 +37,11 @@ template <class T>
 struct file_outcome {
   std::string file;
   std::string method;
-  std::vector<std::string> compared;                   ///< names of tensors, each once
-  std::array<std::optional<double>, 2> largest_error;  ///< by backend_kind: of a row of floats, relative to its maximum
-  std::vector<std::string> mismatches;                 ///< sentences
-  std::vector<std::string> notes;                      ///< differences that are explained, sentences
-  std::string unusable;                                ///< why the file could not be compared; empty where it could
+  std::vector<std::string> compared;            ///< names of tensors, each once
+  std::map<std::string, double> largest_error;  ///< by backend: of a row of floats, relative to its maximum
+  std::vector<std::string> mismatches;          ///< sentences
+  std::vector<std::string> notes;               ///< differences that are explained, sentences
+  std::string unusable;                         ///< why the file could not be compared; empty where it could
 
   [[nodiscard]] bool ok() const noexcept { return mismatches.empty() && unusable.empty(); }
 };
@@ -47,7 +49,7 @@ struct file_outcome {
 /// Compares what one backend computed, and notes it in a file's outcome.
 class comparison {
  public:
-  comparison(file_outcome& outcome, backend_kind backend, double tolerance)
+  comparison(file_outcome& outcome, std::string_view backend, double tolerance)
       : outcome_(outcome), backend_(backend), tolerance_(tolerance) {}
 
   /// Every row within `tolerance` of its largest magnitude. `ours` is [rows, our_columns]; columns of `known` beyond
@@ -78,7 +80,7 @@ class comparison {
   [[nodiscard]] std::string labelled(const std::string& sentence) const;
 
   file_outcome& outcome_;
-  backend_kind backend_;
+  std::string backend_;
   double tolerance_;
 };
 

@@ -2,6 +2,7 @@
 #include "set_error.hpp"
 
 #include "command.hpp"
+#include "errors_on.hpp"
 
 #include <restkv/backend/eigen/backend.hpp>
 #include <restkv/reference/backend.hpp>
@@ -16,8 +17,6 @@ namespace {
 index_t window_of(const layer_view<float>& layer, const configuration& c) {
   return std::min({c.window, layer.query.extent(2), layer.key.extent(2)});
 }
-
-std::vector<double> flat(const double* first, index_t count) { return {first, first + count}; }
 
 }  // namespace
 
@@ -53,20 +52,12 @@ window_errors errors_of(const selection& chosen, const layer_view<float>& layer,
                         backend_kind backend, int threads, const std::string& where) {
   const index_t queries = window_of(layer, c);
   if (queries == 0) throw input_error(where + ": there are no queries to measure the error with");
-  output_errors errors;
   if (backend == backend_kind::eigen) {
     eigen_backend eigen(threads);
-    require(output_error(eigen, chosen.kept(), layer, errors, queries), where);
-  } else {
-    reference_backend reference;
-    require(output_error(reference, chosen.kept(), layer, errors, queries), where);
+    return errors_on(eigen, chosen, layer, queries, where);
   }
-  window_errors made{errors.query_heads(), queries, {}, {}, {}};
-  const index_t count = made.heads * queries;
-  made.value_error = flat(errors.head().data, count);
-  made.output_error_layer = flat(errors.layer().data, queries);
-  if (errors.head_projected().data != nullptr) made.output_error_per_head = flat(errors.head_projected().data, count);
-  return made;
+  reference_backend reference;
+  return errors_on(reference, chosen, layer, queries, where);
 }
 
 void add_error_tensors(safetensors_writer& out, const selection& chosen, const layer_view<float>& layer,

@@ -60,9 +60,9 @@ void compare_marked_tokens(const case_problem& problem, const selection& chosen,
   }
 }
 
-/// Scores where a source shows a marker in the place of some: the largest float for CriticalKV's first stage, whose other
-/// scores are those that tokens are ranked by; 1 for CurDKV's sinks; nothing for the newest token of TOVA. Markers must
-/// stand where they belong, the other scores are compared.
+/// Scores where a source shows a marker in the place of some: the largest float for CriticalKV's first stage, whose
+/// other scores are those that tokens are ranked by; 1 for CurDKV's sinks; nothing for the newest token of TOVA.
+/// Markers must stand where they belong, the other scores are compared.
 void compare_marked_scores(const case_problem& problem, const selection& chosen, comparison& compare) {
   const configuration& c = problem.c;
   const bool two_stages = c.rescoring == rescoring_kind::criticalkv;
@@ -76,8 +76,8 @@ void compare_marked_scores(const case_problem& problem, const selection& chosen,
   for (index_t h = 0; h < chosen.heads; ++h) {
     for (index_t n = 0; n < columns; ++n) {
       const double score = ours[static_cast<std::size_t>(h * chosen.past + n)];
-      const bool is_marked = two_stages ? score >= static_cast<double>(most)
-                                        : c.method == method_kind::curdkv && n < c.n_sink;
+      const bool is_marked =
+          two_stages ? score >= static_cast<double>(most) : c.method == method_kind::curdkv && n < c.n_sink;
       scores.push_back(is_marked ? 0.0 : score);
       if (n >= known.columns) continue;
       float& expected = known.elements[static_cast<std::size_t>(h * known.columns + n)];
@@ -136,8 +136,8 @@ void compare_selection(const case_problem& problem, const selection& chosen, com
       return (*rounding).*which;
     };
   };
-  if (problem.has("score") && (c.method == method_kind::tova || c.method == method_kind::curdkv ||
-                               c.rescoring == rescoring_kind::criticalkv)) {
+  if (problem.has("score") &&
+      (c.method == method_kind::tova || c.method == method_kind::curdkv || c.rescoring == rescoring_kind::criticalkv)) {
     compare_marked_scores(problem, chosen, compare);
   } else if (problem.has("score")) {
     compare.floats(problem.known<float>("score", chosen.heads, 2), chosen.score, chosen.past,
@@ -165,9 +165,12 @@ void compare_errors(const case_problem& problem, const layer_file& tensors, cons
     throw input_error(problem.path + ": there is no tensor wo: the known output errors are measured through it");
   }
   const selection given = given_selection(tensors, problem.c);
-  for (const backend_kind backend : {backend_kind::eigen, backend_kind::reference}) {
-    comparison compare(outcome, backend, options.tolerance);
-    const window_errors errors = errors_of(given, problem.layer, problem.c, backend, options.threads, problem.path);
+  score_memory unused;
+  for (const verified_backend* const backend : options.backends) {
+    if (backend->errors == nullptr) continue;
+    comparison compare(outcome, backend->name, options.tolerance);
+    const window_errors errors =
+        backend->errors(given, {problem.c, problem.layer, options.threads, unused, problem.path});
     const auto rows = [&](const char* name, const std::vector<double>& ours) {
       if (problem.has(name)) compare.floats(problem.known<float>(name, errors.heads, 2), ours, errors.queries);
     };
@@ -220,17 +223,15 @@ void verify_case(const safetensors_file& file, const std::string& path, const ve
     return;
   }
   score_memory memory;
-  for (const backend_kind backend : {backend_kind::eigen, backend_kind::reference}) {
-    comparison compare(outcome, backend, options.tolerance);
-    const auto run = [&](const configuration& what) {
-      return backend == backend_kind::eigen ? run_eigen(what, layer, options.threads, path)
-                                            : run_reference(what, layer, memory, path);
+  for (const verified_backend* const backend : options.backends) {
+    if (backend->select == nullptr) continue;
+    comparison compare(outcome, backend->name, options.tolerance);
+    const auto run = [&](const configuration& what, inspection how = inspection::scores) {
+      return backend->select({what, layer, options.threads, memory, path, how});
     };
     const selection chosen = run(c);
     compare_selection(problem, chosen, compare);
-    if (backend == backend_kind::eigen) {
-      compare.without_scores(chosen, run_eigen(c, layer, options.threads, path, inspection::kept_only));
-    }
+    if (backend->prunes) compare.without_scores(chosen, run(c, inspection::kept_only));
     if (problem.has("head_lengths")) {
       configuration without_floor = c;
       without_floor.floor = 0.0f;

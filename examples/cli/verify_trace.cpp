@@ -139,12 +139,13 @@ void verify_trace(const invocation& run, const safetensors_file& file, const std
         if (!rounding) rounding = rounding_of_release(c, layer, trace_path);
         return rounding->score;
       };
-      for (const backend_kind backend : {backend_kind::eigen, backend_kind::reference}) {
-        comparison compare(outcome, backend, options.tolerance);
-        const selection chosen = backend == backend_kind::eigen ? run_eigen(c, layer, options.threads, trace_path)
-                                                                : run_reference(c, layer, memory, trace_path);
-        if (backend == backend_kind::eigen) {
-          compare.without_scores(chosen, run_eigen(c, layer, options.threads, trace_path, inspection::kept_only));
+      for (const verified_backend* const backend : options.backends) {
+        if (backend->select == nullptr) continue;
+        comparison compare(outcome, backend->name, options.tolerance);
+        const selection chosen = backend->select({c, layer, options.threads, memory, trace_path});
+        if (backend->prunes) {
+          compare.without_scores(
+              chosen, backend->select({c, layer, options.threads, memory, trace_path, inspection::kept_only}));
         }
         compare_run(file, path, name, c, chosen, figures, compare);
         if (budget != known.budgets.front() || file.find(known.name + ".score") == nullptr) continue;
