@@ -3,7 +3,7 @@
 """Tests whose subject is the compiler's answer. Standard library of Python only.
 
 The work is done while building, so that Ninja repeats a check only when a file it read has changed: the commands
-`std`, `header`, `reject` and `cuda` always succeed and write a result file, whose first line is an exit code, and a
+`std`, `header`, `reject`, `cuda` and `device_header` always succeed and write a result file, whose first line is an exit code, and a
 depfile. The test proper is `report RESULT`, which prints that file and exits with that code.
 
 std     the files that the C++ standard library's headers consist of, one a line
@@ -12,7 +12,12 @@ header  a public header is self-contained, survives other people's macros, defin
 reject  a source that must not compile: the compiler must say what its comment `// expect: regex` says (or
         `// expect-gcc:`, `// expect-clang:`). With -DRESTKV_CONTROL the same file must compile, which shows that the
         failure comes from the line under test and nothing else.
-cuda    a CUDA source compiles for every architecture asked for, without warnings and without register spills
+cuda    a CUDA source compiles for every architecture asked for, without warnings, our kernels without register spills
+        or local memory; with
+        --resources TABLE no kernel needs more registers or shared memory than the table grants it, and the table names
+        every kernel. The object lies beside the output, for a program that is linked with it.
+device_header  a header for devices compiles alone, and included twice
+resources      writes that table from the results of `cuda`: compile_check.py resources TABLE RESULT...
 """
 
 import argparse
@@ -181,18 +186,97 @@ def check_reject(args):
     return 0, f"rejected with /{pattern}/", dependencies
 
 
-def check_cuda(args):
+NVCC_FLAGS = ["-c", "-std=c++20", "--expt-relaxed-constexpr", "-Werror", "all-warnings", "-Xcompiler", "-Wall"]
+
+
+def run_nvcc(args, source, flags):
     roots = [os.path.realpath(root) for root in args.root]
-    command = args.compiler + ["-c", "-std=c++20", "--expt-relaxed-constexpr", "-Werror", "all-warnings",
-                               "-Xptxas", "-v,--warn-on-spills", "-Xcompiler", "-Wall"]
+    command = args.compiler + NVCC_FLAGS + flags
     for arch in args.arch:
         command += [f"-gencode=arch=compute_{arch},code=sm_{arch}"]
     command += args.flag + [flag for root in roots for flag in ("-I", root)]
     depfile = args.output + ".nvcc.d"
-    result = run(command + ["-MD", "-MF", depfile, "-o", args.output + ".o", args.source])
-    dependencies = read_depfile(depfile) or [os.path.realpath(args.source)] + project_headers(roots)
-    text = " ".join(command + [args.source]) + "\n" + result.stdout
-    return (1 if result.returncode != 0 else 0), text, dependencies
+    result = run(command + ["-MD", "-MF", depfile, "-o", args.output.removesuffix(".txt") + ".o", source])
+    dependencies = read_depfile(depfile) or [os.path.realpath(source)] + project_headers(roots)
+    return result, " ".join(command + [source]) + "\n" + result.stdout, dependencies
+
+
+def kernel_name(symbol):
+    """A kernel's demangled name, without the wrapper that every body runs through and without namespaces."""
+    name = run(["c++filt", symbol]).stdout.strip().removeprefix("void ")
+    # The parameters: from the parenthesis that the last one closes.
+    depth = 0
+    for begin in range(len(name) - 1, -1, -1):
+        depth += {")": 1, "(": -1}.get(name[begin], 0)
+        if depth == 0:
+            break
+    name = name[:begin] if name.endswith(")") else name
+    wrapped = re.fullmatch(r"restkv::kernel::run_kernel<(.*)>", name)
+    return re.sub(r"\brestkv::(?:kernel::)?(?:detail::)?", "", wrapped[1] if wrapped else name).strip()
+
+
+def kernel_resources(text):
+    """{(kernel, architecture): (registers, shared bytes, stack bytes, spilled bytes)} of a log of ptxas -v."""
+    found = {}
+    for block in re.split(r"Compiling entry function ", text)[1:]:
+        symbol, arch = re.match(r"'([^']*)' for '([^']*)'", block).groups()
+        stack, stores, loads = map(int, re.search(
+            r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", block).groups())
+        registers = int(re.search(r"Used (\d+) registers", block)[1])
+        shared = re.search(r"(\d+) bytes smem", block)
+        found[kernel_name(symbol), arch] = (registers, int(shared[1]) if shared else 0, stack, stores + loads)
+    return found
+
+
+def read_table(path):
+    rows = [line.rsplit("\t", 3) for line in pathlib.Path(path).read_text().splitlines()[1:]]
+    return {(name, arch): (int(registers), int(shared)) for name, arch, registers, shared in rows}
+
+
+def check_cuda(args):
+    result, text, dependencies = run_nvcc(args, args.source, ["-Xptxas", "-v"])
+    if result.returncode != 0:
+        print(text, file=sys.stderr)
+        return 1, text, dependencies
+    problems = []
+    granted = read_table(args.resources) if args.resources else None
+    for (kernel, arch), (registers, shared, stack, spilled) in sorted(kernel_resources(result.stdout).items()):
+        if kernel.startswith(("thrust::", "cub::")):
+            continue  # not ours
+        if stack or spilled:
+            problems.append(f"{kernel} for {arch}: {stack} bytes of local memory, {spilled} bytes spilled")
+        if granted is None:
+            continue
+        if (kernel, arch) not in granted:
+            problems.append(f"{kernel} for {arch} is not in {args.resources}: {registers} registers, {shared} bytes")
+            continue
+        most_registers, most_shared = granted[kernel, arch]
+        if registers > most_registers or shared > most_shared:
+            problems.append(f"{kernel} for {arch}: {registers} registers and {shared} bytes of shared memory, "
+                            f"{most_registers} and {most_shared} are granted")
+    return (1 if problems else 0), "\n".join(problems + [text]), dependencies
+
+
+def check_device_header(args):
+    with tempfile.TemporaryDirectory() as folder:
+        source = os.path.join(folder, "header.cu")
+        pathlib.Path(source).write_text(f"#include <{args.header}>\n#include <{args.header}>\n")
+        result, text, dependencies = run_nvcc(args, source, [])
+    return (1 if result.returncode != 0 else 0), text, [name for name in dependencies if os.path.exists(name)]
+
+
+def write_resources(args):
+    """The table, from what compilers said: the most of all sources that have a kernel."""
+    table = {}
+    for path in args.results:
+        for key, (registers, shared, _, _) in kernel_resources(pathlib.Path(path).read_text()).items():
+            if not key[0].startswith(("thrust::", "cub::")):
+                before = table.get(key, (0, 0))
+                table[key] = (max(registers, before[0]), max(shared, before[1]))
+    lines = ["kernel\tarchitecture\tregisters\tshared bytes"]
+    lines += [f"{kernel}\t{arch}\t{registers}\t{shared}" for (kernel, arch), (registers, shared) in sorted(table.items())]
+    pathlib.Path(args.table).write_text("\n".join(lines) + "\n")
+    return 0
 
 
 def report(args):
@@ -204,28 +288,38 @@ def report(args):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    for name in ("std", "header", "reject", "cuda"):
+    for name in ("std", "header", "reject", "cuda", "device_header"):
         sub = commands.add_parser(name)
         sub.add_argument("--output", required=True)
         sub.add_argument("--depfile")
         sub.add_argument("--root", action="append", default=[], help="an include root of the project")
         sub.add_argument("--flag", action="append", default=[], help="one more flag for the compiler")
-        if name == "header":
+        if name in ("header", "device_header"):
             sub.add_argument("--header", required=True, help="as written in an #include")
+        if name == "header":
             sub.add_argument("--third-party", action="store_true")
             sub.add_argument("--std-files")
         if name in ("reject", "cuda"):
             sub.add_argument("--source", required=True)
         if name == "cuda":
+            sub.add_argument("--resources", help="a table of registers and shared memory, see `resources`")
+        if name in ("cuda", "device_header"):
             sub.add_argument("--arch", action="append", default=[])
         sub.add_argument("--compiler", nargs=argparse.REMAINDER, required=True,
                          help="the compiler's command; takes all further arguments")
     commands.add_parser("report").add_argument("result")
+    resources = commands.add_parser("resources")
+    resources.add_argument("table")
+    resources.add_argument("results", nargs="+")
     args = parser.parse_args()
 
     if args.command == "report":
         return report(args)
-    outcome = {"std": check_std, "header": check_header, "reject": check_reject, "cuda": check_cuda}[args.command](args)
+    if args.command == "resources":
+        return write_resources(args)
+    checks = {"std": check_std, "header": check_header, "reject": check_reject, "cuda": check_cuda,
+              "device_header": check_device_header}
+    outcome = checks[args.command](args)
     if outcome is not None:
         code, text, files = outcome
         pathlib.Path(args.output).write_text(f"{code}\n{text}\n")
