@@ -18,6 +18,7 @@ namespace restkv::parity {
 template <class T>
 class arranged_tensor {
  public:
+  /// Elements are unset, gaps and guards hold `filler`.
   arranged_tensor(memory_order order, const std::array<index_t, 4>& extents, T filler) : filler_(filler) {
     const auto [batch, heads, tokens, channels] = extents;
     const index_t row = order == memory_order::gaps ? channels + 3 : channels;

@@ -24,6 +24,7 @@ namespace restkv::parity {
 template <element T>
 class layer_data {
  public:
+  /// Draws the numbers of a problem and lays them out as it says.
   explicit layer_data(const problem& p)
       : query_(p.order, {p.batch, p.query_heads(), p.window + static_cast<index_t>(p.seed % 3), p.head_dim}, poison()),
         key_(p.order, {p.batch, p.kv_heads, p.tokens, p.head_dim}, poison()),

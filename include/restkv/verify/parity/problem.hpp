@@ -59,6 +59,7 @@ struct problem {
   memory_order order = memory_order::heads_tokens;     ///< of the tensors
   sequence_lengths lengths = sequence_lengths::whole;  ///< of the sequences
 
+  /// True where every member is the same.
   [[nodiscard]] constexpr bool operator==(const problem&) const = default;
 
   /// Query heads.

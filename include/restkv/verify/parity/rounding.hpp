@@ -51,6 +51,7 @@ struct bounded_attention {
   double top_rest_error = 0;        ///< |error of 1 - a[top]|, added up from the other shares
   bool unbounded = false;           ///< a product left the range of the arithmetic
 
+  /// |error of 1 - a_n|.
   [[nodiscard]] double rest_error(index_t n) const noexcept {
     return n == row.top ? top_rest_error : share_error[static_cast<std::size_t>(n)];
   }
@@ -145,7 +146,7 @@ template <element T>
 /// Bounds of sums over values and of norms behind a metric, for one query head.
 class value_bounds {
  public:
-  using vector = std::vector<double>;
+  using vector = std::vector<double>;  ///< one number a channel
 
   /// `factor` is L[h] of the metric, [head_dim, head_dim]; without memory the metric is the identity.
   value_bounds(const arithmetic& unit, index_t head_dim, const tensor_view<const float, 2>& factor)

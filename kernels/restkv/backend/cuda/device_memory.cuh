@@ -31,6 +31,8 @@ class device_buffer {
 
  public:
   device_buffer() = default;
+  ///@{
+  /// The other is empty afterwards, or holds what this held.
   device_buffer(device_buffer&& other) noexcept
       : data_(std::exchange(other.data_, nullptr)), size_(std::exchange(other.size_, 0)) {}
   device_buffer& operator=(device_buffer&& other) noexcept {
@@ -38,6 +40,7 @@ class device_buffer {
     std::swap(size_, other.size_);
     return *this;
   }
+  ///@}
   ~device_buffer() { cudaFree(data_); }
 
   /// Makes room for `count` elements, not initialised. On failure (`errc::out_of_memory`) the old memory is still held.
