@@ -22,20 +22,20 @@ window_errors errors_of_kind(const selection& given, const backend_request& r) {
 
 // A backend without `select` takes part in generated problems only: its parts are instantiated for a few policies, not
 // for everything that a file may ask for.
-constexpr std::array backends {
-  verified_backend{"eigen", select_on_eigen, errors_of_kind<backend_kind::eigen>, random_on_eigen, true},
-      verified_backend{"reference", select_on_reference, errors_of_kind<backend_kind::reference>, nullptr, false},
+constexpr std::array backends{
+    verified_backend{"eigen", select_on_eigen, errors_of_kind<backend_kind::eigen>, random_on_eigen, true},
+    verified_backend{"reference", select_on_reference, errors_of_kind<backend_kind::reference>, nullptr, false},
 #if defined(RESTKV_CLI_THRUST)
-      verified_backend{"thrust-cpp", select_on_thrust_cpp, errors_on_thrust_cpp, random_on_thrust_cpp, false},
+    verified_backend{"thrust-cpp", select_on_thrust_cpp, errors_on_thrust_cpp, random_on_thrust_cpp, false},
 #endif
 #if defined(RESTKV_CLI_THRUST) && defined(_OPENMP)
-      verified_backend{"thrust-omp", select_on_thrust_omp, errors_on_thrust_omp, random_on_thrust_omp, false},
+    verified_backend{"thrust-omp", select_on_thrust_omp, errors_on_thrust_omp, random_on_thrust_omp, false},
 #endif
 #if defined(RESTKV_CLI_HOST_KERNELS)
-      verified_backend{"host-kernels", nullptr, nullptr, random_on_host_kernels, false},
+    verified_backend{"host-kernels", nullptr, nullptr, random_on_host_kernels, false},
 #endif
 #if defined(RESTKV_CLI_CUDA)
-      verified_backend{"cuda", nullptr, nullptr, random_on_cuda, false},
+    verified_backend{"cuda", nullptr, nullptr, random_on_cuda, false},
 #endif
 };
 

@@ -31,6 +31,17 @@ class RandomTest(ProgramTest):
         self.assertEqual(first, self.verify('--random', 16, '--seed', 3, '--threads', 1))
         self.assertNotEqual(first, self.verify('--random', 16, '--seed', 4))
 
+    def test_other_backends(self):
+        for name in ('thrust-cpp', 'thrust-omp', 'host-kernels'):
+            with self.subTest(name):
+                done = self.run_program('verify', '--random', 24, '--seed', 5, '--backend', name, '--json')
+                if 'built without it' in done.stderr:
+                    self.skipTest(f'{name}: the program was built without it')
+                self.assertEqual(done.returncode, 0, done.stdout + done.stderr)
+                for entry in json.loads(done.stdout)['random']:
+                    self.assertEqual((entry['backend'], entry['outcome'], entry['cases']), (name, 'ok', 24))
+                    self.assertGreater(entry['values_compared'], 1000)
+
     def test_text(self):
         done = self.run_program('verify', CASE, '--backend', 'eigen', '--random', 3)
         self.assertEqual((done.returncode, done.stderr), (0, ''))
