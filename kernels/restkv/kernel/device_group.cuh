@@ -234,7 +234,7 @@ __global__ void __launch_bounds__(Kernel::threads, resident_blocks_of<Kernel>())
   kernel(group, memory, static_cast<index_t>(blockIdx.x));
 }
 
-/// Launches kernels on a stream. Errors of a launch are kept until `check`.
+/// Launches kernels on a stream. The first error of a launch is kept until it is taken.
 class stream_executor {
  public:
   static constexpr memory_space space = memory_space::device;  ///< of what kernels read and write
