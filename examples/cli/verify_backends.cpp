@@ -28,7 +28,10 @@ constexpr std::array backends{
 #if defined(RESTKV_CLI_THRUST)
     verified_backend{"thrust-cpp", select_on_thrust_cpp, errors_on_thrust_cpp, random_on_thrust_cpp, false},
 #endif
-#if defined(RESTKV_CLI_THRUST) && defined(_OPENMP)
+#if defined(RESTKV_CLI_THRUST) && !defined(RESTKV_CLI_THRUST_OMP_FILES)
+    verified_backend{"thrust-omp", nullptr, nullptr, random_on_thrust_omp, false},
+#endif
+#if defined(RESTKV_CLI_THRUST_OMP_FILES)
     verified_backend{"thrust-omp", select_on_thrust_omp, errors_on_thrust_omp, random_on_thrust_omp, false},
 #endif
 #if defined(RESTKV_CLI_HOST_KERNELS)
