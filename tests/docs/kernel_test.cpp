@@ -19,8 +19,10 @@ namespace {
 void my_top_k(const float* scores, index_t length, index_t k, position_t* out) {
   std::vector<position_t> order(static_cast<std::size_t>(length));
   std::iota(order.begin(), order.end(), 0);
-  std::stable_sort(order.begin(), order.end(), [&](position_t a, position_t b) {
-    return restkv::order_key(scores[a]) > restkv::order_key(scores[b]);
+  std::sort(order.begin(), order.end(), [&](position_t a, position_t b) {
+    const auto key_a = restkv::order_key(scores[a]);
+    const auto key_b = restkv::order_key(scores[b]);
+    return key_a != key_b ? key_a > key_b : a < b;
   });
   order.resize(static_cast<std::size_t>(std::min(k, length)));
   std::sort(order.begin(), order.end());

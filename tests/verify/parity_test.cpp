@@ -34,7 +34,9 @@ template <class Before>
 void sorted_top_k(scores_t scores, index_t k, slots_t out, const Before& before) {
   std::vector<position_t> order(scores.size());
   std::iota(order.begin(), order.end(), 0);
-  std::stable_sort(order.begin(), order.end(), [&](position_t a, position_t b) { return before(a, b); });
+  std::sort(order.begin(), order.end(), [&](position_t a, position_t b) {
+    return before(a, b) || (!before(b, a) && a < b);
+  });
   const index_t count = std::min<index_t>(k, static_cast<index_t>(scores.size()));
   std::copy_n(order.begin(), count, out.begin());
   std::sort(out.begin(), out.begin() + count);

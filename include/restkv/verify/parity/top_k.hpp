@@ -48,7 +48,8 @@ concept takes_one_row = std::invocable<F&, std::span<const float>, index_t, std:
   };
   std::vector<index_t> order(static_cast<std::size_t>(length));
   std::iota(order.begin(), order.end(), index_t{0});
-  std::stable_sort(order.begin(), order.end(), [&](index_t a, index_t b) { return key(a) > key(b); });
+  std::sort(order.begin(), order.end(),
+            [&](index_t a, index_t b) { return key(a) != key(b) ? key(a) > key(b) : a < b; });
   std::vector<bool> is_best(scores.size());
   for (index_t i = 0; i < wanted; ++i) is_best[static_cast<std::size_t>(order[static_cast<std::size_t>(i)])] = true;
 
