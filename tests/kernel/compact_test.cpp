@@ -44,7 +44,8 @@ bool same_elements(const tensor_view<const T, Rank>& a, const tensor_view<const 
   std::vector<T> right;
   for_each(a, [&](const T& x) { left.push_back(x); });
   for_each(b, [&](const T& x) { right.push_back(x); });
-  return left.size() == right.size() && std::memcmp(left.data(), right.data(), left.size() * sizeof(T)) == 0;
+  return left.size() == right.size() &&
+         (left.empty() || std::memcmp(left.data(), right.data(), left.size() * sizeof(T)) == 0);
 }
 
 }  // namespace
