@@ -65,6 +65,7 @@ template <bulk_backend Backend, class Policy, element T, memory_space Space>
 [[nodiscard]] status select_in_bulk(Backend& backend, const plan<Policy>& plan, const layer_view<T, Space>& layer,
                                     workspace& space, basic_kept_tokens<position_t, Space>& kept,
                                     const selection_details<float, Space>* details) {
+  RESTKV_RETURN_IF_FAILED(check_bulk_plan<Backend>(plan));  // it may be another backend's
   RESTKV_RETURN_IF_FAILED(check_selection(plan, layer, space, details));
   const auto request = make_score_request(plan.policy, plan.shape);
   bulk_memory<Backend, restkv::plan<Policy>> memory(backend, plan, space);

@@ -132,3 +132,26 @@ TEST_CASE("a bulk plan refuses more rows than the host can hold") {
   CHECK(refused.code() == errc::unsupported);
   CHECK(std::string(refused.message()) == "1 sequences of 1025 heads: this backend serves 1024 of each at most");
 }
+
+TEST_CASE("a plan of another backend does not get past what a bulk backend can hold") {
+  random_engine random(8);
+  const random_layer<float> layer(
+      random, {.kv_heads = 1025, .group = 1, .head_dim = 1, .tokens = 3, .query_rows = 3, .hidden = 0});
+  const any_policy policy{};
+  eigen_backend eigen;
+  plan<any_policy> made;
+  REQUIRE(make_plan(eigen, policy, shape_of(layer.view()), made).ok());
+  std::vector<std::byte> memory(made.workspace_bytes);
+  bulk_eigen_backend backend;
+  kept_tokens kept;
+  CHECK(select(backend, made, layer.view(), workspace(memory.data(), memory.size()), kept).code() == errc::unsupported);
+}
+
+TEST_CASE("a layer without tokens keeps none in bulk as row by row") {
+  random_engine random(9);
+  const random_layer<float> layer(random, {.batch = 2, .tokens = 0, .query_rows = 3, .hidden = 0});
+  any_policy policy{.window = 2};
+  policy.budget.choice = uniform{4};
+  policy.protect = {.sink = 0, .recent = 1};
+  CHECK(compare(policy, layer.view(), false) == 1);
+}

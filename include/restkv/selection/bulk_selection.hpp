@@ -57,10 +57,9 @@ class bulk_selection {
         memory_(memory),
         scratch_(scratch),
         details_(details) {
-    const bool alike = layer.head_lengths.data == nullptr;
     rows_ = {.spans = memory.spans,
              .count = problem_.rows(),
-             .rows_per_span = alike ? plan.rows : 1,
+             .rows_per_span = heads_differ() ? 1 : plan.rows,
              .stride = plan.shape.tokens * (plan.heads / plan.rows),
              .unit = plan.policy.granularity.tokens};
   }
@@ -69,15 +68,16 @@ class bulk_selection {
     bool anything = details_ != nullptr;
     for (index_t b = 0; b < batch(); ++b) {
       problem_.count_candidates(b, candidates_.data());
+      alike_candidates_[static_cast<std::size_t>(b)] = candidates_[0];
       RESTKV_RETURN_IF_FAILED(problem_.check_budget(b, candidates_.data()));
       anything = anything || !problem_.sequence(b, candidates_.data()).keeps_all();
     }
     RESTKV_RETURN_IF_FAILED(upload_spans());
     const bulk_kept out{memory_.positions.data, memory_.lengths.data, plan_.capacity, plan_.heads / plan_.rows};
     if (!anything) {
+      const index_t width = std::max<index_t>(1, out.capacity);
       RESTKV_RETURN_IF_FAILED(
-          backend_.for_each(rows_.count * out.copies * out.capacity, bulk::keep_everything{rows_, out}));
-      if (out.capacity == 0) RESTKV_RETURN_IF_FAILED(clear_lengths());
+          backend_.for_each(rows_.count * out.copies * width, bulk::keep_everything{rows_, out, width}));
     } else {
       RESTKV_RETURN_IF_FAILED(upload_mask());
       RESTKV_RETURN_IF_FAILED(measure_drift());
@@ -96,9 +96,15 @@ class bulk_selection {
   /// Tokens of the layer's longest row: none has more.
   [[nodiscard]] index_t tokens() const noexcept { return layer_.key.extent(2); }
   [[nodiscard]] std::uint32_t* keys() const noexcept { return reinterpret_cast<std::uint32_t*>(memory_.score.data); }
-  /// The candidates of sequence b's rows; valid until the next call.
+  [[nodiscard]] bool heads_differ() const noexcept { return layer_.head_lengths.data != nullptr; }
+  /// Sequence b and, in `candidates_`, its rows' candidates; valid until the next call. A mask was counted before: it
+  /// does not go with heads that differ, whose candidates follow from their lengths.
   [[nodiscard]] sequence_problem sequence_of(index_t b) {
-    problem_.count_candidates(b, candidates_.data());
+    if (heads_differ()) {
+      problem_.count_candidates(b, candidates_.data());
+    } else {
+      std::fill_n(candidates_.begin(), plan_.rows, alike_candidates_[static_cast<std::size_t>(b)]);
+    }
     return problem_.sequence(b, candidates_.data());
   }
 
@@ -106,12 +112,15 @@ class bulk_selection {
     uploader<Backend, bulk_span, 128> spans(backend_, memory_.spans);
     for (index_t row = 0; row < rows_.count; row += rows_.rows_per_span) {
       const row_problem<T, space> of_row = problem_.row(row);
-      RESTKV_RETURN_IF_FAILED(spans.add({.begin = static_cast<position_t>(of_row.span.begin),
-                                         .length = static_cast<position_t>(of_row.span.length),
-                                         .past = static_cast<position_t>(request_.past_of(of_row.span.length)),
-                                         .first = static_cast<position_t>(of_row.first),
-                                         .end = static_cast<position_t>(of_row.end),
-                                         .candidates = static_cast<position_t>(of_row.count_candidates())}));
+      RESTKV_RETURN_IF_FAILED(spans.add(
+          {.begin = static_cast<position_t>(of_row.span.begin),
+           .length = static_cast<position_t>(of_row.span.length),
+           .past = static_cast<position_t>(request_.past_of(of_row.span.length)),
+           .first = static_cast<position_t>(of_row.first),
+           .end = static_cast<position_t>(of_row.end),
+           .candidates =
+               static_cast<position_t>(heads_differ() ? of_row.count_candidates()
+                                                      : alike_candidates_[static_cast<std::size_t>(of_row.batch)])}));
     }
     return spans.flush();
   }
@@ -134,16 +143,9 @@ class bulk_selection {
     return bits.flush();
   }
 
-  [[nodiscard]] status clear_lengths() {
-    uploader<Backend, position_t, 128> zeros(backend_, memory_.lengths.data);
-    for (index_t i = 0; i < memory_.lengths.size(); ++i) RESTKV_RETURN_IF_FAILED(zeros.add(0));
-    return zeros.flush();
-  }
-
   [[nodiscard]] status measure_drift() {
     if constexpr (needs_drift<decltype(plan_.policy.spatial)>()) {
       if (uses_drift(plan_.policy.spatial)) {
-        // Not more than the rows of one sequence: a plan sees to it.
         for (index_t b = 0; b < batch(); ++b) {
           const sequence_problem problem = sequence_of(b);
           const index_t length = shortest_head(layer_, b);
@@ -188,7 +190,7 @@ class bulk_selection {
   [[nodiscard]] status allocate() {
     const auto& budget = plan_.policy.budget;
     using budget_t = std::remove_cvref_t<decltype(budget)>;
-    const index_t* const candidates = layer_.head_lengths.data == nullptr ? nullptr : memory_.candidates;
+    const index_t* const candidates = heads_differ() ? memory_.candidates : nullptr;
     if (candidates != nullptr) {
       RESTKV_RETURN_IF_FAILED(backend_.for_each(rows_.count, bulk::list_candidates{rows_, memory_.candidates}));
     }
@@ -251,8 +253,10 @@ class bulk_selection {
   scratch_t& scratch_;
   const details_t* details_;
   bulk_rows rows_;
-  std::array<index_t, static_cast<std::size_t>(most_bulk_rows)> candidates_{};     // of the sequence looked at last
-  std::array<index_t, static_cast<std::size_t>(most_bulk_rows)> most_attended_{};  // [batch]
+  using row_numbers = std::array<index_t, static_cast<std::size_t>(most_bulk_rows)>;
+  row_numbers candidates_{};        // of the sequence looked at last, [rows]
+  row_numbers alike_candidates_{};  // of each row of a sequence, [batch]; where heads do not differ
+  row_numbers most_attended_{};     // [batch]
 };
 
 }  // namespace restkv::detail

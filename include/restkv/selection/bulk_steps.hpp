@@ -192,10 +192,11 @@ struct allocate_by_keys {
 struct keep_everything {
   bulk_rows rows;
   bulk_kept kept;
+  index_t width;  ///< items of a row: its capacity, and one where that is 0
 
   RESTKV_HD void operator()(index_t item) const noexcept {
-    const index_t row = item / kept.capacity;
-    const index_t n = item % kept.capacity;
+    const index_t row = item / width;
+    const index_t n = item % width;
     const bulk_span& span = rows.span_of(row / kept.copies);
     if (n < span.length) kept.positions[row * kept.capacity + n] = static_cast<position_t>(span.begin + n);
     if (n == 0) kept.lengths[row] = span.length;
