@@ -11,6 +11,7 @@
 
 #include <cmath>
 #include <concepts>
+#include <limits>
 #include <type_traits>
 
 namespace restkv {
@@ -117,6 +118,12 @@ struct token_features {
   index_t head = 0;      ///< query head
   index_t layer = 0;     ///< index of the layer
 };
+
+/// A score as every backend gives it on: clamped to finite numbers; NaN stays NaN.
+[[nodiscard]] RESTKV_HD constexpr float finite_score(float score) noexcept {
+  constexpr float most = std::numeric_limits<float>::max();
+  return score > most ? most : score < -most ? -most : score;
+}
 
 namespace detail {
 

@@ -4,6 +4,7 @@
 #pragma once
 
 #include <restkv/backend/backend.hpp>
+#include <restkv/kernel/bulk_loops.hpp>
 #include <restkv/kernel/group.hpp>
 
 #include <bit>
@@ -99,12 +100,6 @@ inline constexpr auto least_rest = static_cast<float>(restkv::least_rest);
 /// The root of the largest float: what a distance counts as whose square is infinite.
 inline constexpr float most_distance = 1.8446743e19f;
 
-/// A score clamped to finite; NaN stays NaN.
-[[nodiscard]] RESTKV_HD constexpr float finite_score(float score) noexcept {
-  constexpr float most = std::numeric_limits<float>::max();
-  return score > most ? most : score < -most ? -most : score;
-}
-
 /// A distance, at most most_distance; NaN stays NaN.
 [[nodiscard]] RESTKV_HD constexpr float finite_distance(float x) noexcept {
   if (x > most_distance) return most_distance;
@@ -198,36 +193,6 @@ struct lane_softmax {
   /// rest, but never so small that odds are infinite.
   [[nodiscard]] RESTKV_HD float bounded_rest() const noexcept { return rest > least_rest ? rest : least_rest; }
 };
-
-/// Writes a table to the executor's memory, a piece a launch: its values travel as parameters.
-template <class Entry>
-struct table_upload {
-  static constexpr int threads = 128;
-  struct shared {};
-  static constexpr int most = 3072 / static_cast<int>(sizeof(Entry));
-
-  Entry values[most];
-  Entry* to;
-  index_t count;
-
-  template <class Group>
-  RESTKV_HD void operator()(Group& group, shared&, index_t) const {
-    group.for_each(count, [&](index_t i) { group.write(to[i], values[i]); });
-  }
-};
-
-/// Uploads value_of(0) .. value_of(count - 1).
-template <class Executor, class Entry, class ValueOf>
-void upload_table(Executor& executor, Entry* to, index_t count, const ValueOf& value_of) {
-  using upload = table_upload<Entry>;
-  for (index_t first = 0; first < count; first += upload::most) {
-    upload kernel{};
-    kernel.to = to + first;
-    kernel.count = std::min<index_t>(upload::most, count - first);
-    for (index_t i = 0; i < kernel.count; ++i) kernel.values[i] = value_of(first + i);
-    executor.launch(kernel, 1);
-  }
-}
 
 /// Fills in everything of a problem but its lanes and tables.
 template <class Request, element T, memory_space S>

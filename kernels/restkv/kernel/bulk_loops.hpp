@@ -55,20 +55,24 @@ void for_each(Executor& executor, index_t count, const Body& body) {
   if (count > 0) executor.launch(each{body, count}, (count + each::threads - 1) / each::threads);
 }
 
+/// to[i] = value_of(i) for i in [0, count), values of the host; see `write_values`.
+template <class Executor, class T, class ValueOf>
+void upload_table(Executor& executor, T* to, index_t count, const ValueOf& value_of) {
+  using piece_t = write_values<T>;
+  for (index_t first = 0; first < count; first += piece_t::room) {
+    piece_t piece{};
+    piece.to = to + first;
+    piece.count = std::min(piece_t::room, count - first);
+    for (index_t i = 0; i < piece.count; ++i) piece.values[i] = value_of(first + i);
+    executor.launch(piece, 1);
+  }
+}
+
 /// See `bulk_backend::upload`.
 template <class Executor, class T>
 void upload(Executor& executor, T* to, std::span<const T> values) {
-  using piece_t = write_values<T>;
-  while (!values.empty()) {
-    piece_t piece{};
-    const std::span<const T> part = values.first(std::min(values.size(), static_cast<std::size_t>(piece_t::room)));
-    std::copy(part.begin(), part.end(), piece.values);
-    piece.to = to;
-    piece.count = static_cast<index_t>(part.size());
-    executor.launch(piece, 1);
-    to += part.size();
-    values = values.subspan(part.size());
-  }
+  upload_table(executor, to, static_cast<index_t>(values.size()),
+               [&](index_t i) { return values[static_cast<std::size_t>(i)]; });
 }
 
 }  // namespace restkv::kernel

@@ -230,7 +230,7 @@ class eigen_backend {
       for (index_t r = kv_head * rows; r < (kv_head + 1) * rows; ++r) {
         float* const row = &out(batch, r, 0);
         for (index_t n = 0; n < past; ++n) {
-          row[n] = eigen::finite_score(group_finish(request.group, row[n], group / rows));
+          row[n] = finite_score(group_finish(request.group, row[n], group / rows));
         }
         if (bound) eigen::bound_unknown(past, row);
       }

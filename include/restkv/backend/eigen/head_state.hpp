@@ -223,12 +223,6 @@ struct tile_buffers {
   }
 };
 
-/// A score clamped to finite; NaN stays NaN.
-[[nodiscard]] EIGEN_ALWAYS_INLINE float finite_score(float score) noexcept {
-  constexpr float most = std::numeric_limits<float>::max();
-  return score > most ? most : score < -most ? -most : score;
-}
-
 /// One query head of one sequence, and where its state lies.
 template <class Request>
 struct head_task {

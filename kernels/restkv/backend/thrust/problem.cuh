@@ -40,12 +40,6 @@ inline constexpr double most_distance = 1.8446743e19;
   return x > most_distance ? most_distance : x;
 }
 
-/// A score clamped to finite; NaN stays NaN.
-[[nodiscard]] RESTKV_HD inline float finite_score(float score) noexcept {
-  constexpr float most = std::numeric_limits<float>::max();
-  return score > most ? most : score < -most ? -most : score;
-}
-
 /// A double as a float, clamped to finite; NaN stays NaN.
 [[nodiscard]] RESTKV_HD inline float finite_float(double x) noexcept {
   constexpr float most = std::numeric_limits<float>::max();
