@@ -168,12 +168,47 @@ struct attention_problem {
     if (x < -most_logit) return -most_logit;
     return x;
   }
+  /// What a score is told of a token of a query head before any feature.
+  [[nodiscard]] RESTKV_HD token_features<float> features(const head_span& span, index_t b, index_t head,
+                                                         index_t n) const noexcept {
+    token_features<float> f;
+    f.position = n;
+    f.length = span.length;
+    f.batch = b;
+    f.head = head;
+    f.layer = layer;
+    return f;
+  }
   /// The logit of a product of a query and a key.
   [[nodiscard]] RESTKV_HD float logit(float product, index_t b, index_t kv_head, int lane, index_t position,
                                       index_t token) const noexcept {
     const float x = finite_logit(product * logit_scale);
     if (!perturbed) return x;
     return finite_logit(perturbation(x, b, kv_head * group() + lane / static_cast<int>(queries), position, token));
+  }
+};
+
+/// Where a block works that takes one query head and a part of its tokens. Blocks: [batch, query_heads, parts].
+template <element T>
+struct head_block {
+  index_t part;  ///< a tile, or a split, of the tokens
+  index_t row;   ///< [batch, query_heads]
+  index_t b;
+  index_t head;
+  index_t kv_head;
+  index_t head_lane;  ///< the head's first lane among the KV head's
+  index_t past;
+  head_span span;
+
+  RESTKV_HD head_block(const attention_problem<T>& problem, index_t block, index_t parts) noexcept {
+    part = block % parts;
+    row = block / parts;
+    b = row / problem.query_heads;
+    head = row % problem.query_heads;
+    kv_head = head / problem.group();
+    head_lane = head % problem.group() * problem.queries;
+    span = problem.span(b, kv_head);
+    past = problem.past_of(span);
   }
 };
 

@@ -42,16 +42,11 @@ struct attention_rows {
 
   template <class Group>
   RESTKV_HD void operator()(Group& group, shared& memory, index_t block) const {
-    const index_t first = block % tiles * token_tile;
-    const index_t row_index = block / tiles;
-    const index_t b = row_index / problem.query_heads;
-    const index_t head = row_index % problem.query_heads;
-    const index_t kv_head = head / problem.group();
-    const head_span span = problem.span(b, kv_head);
-    const index_t past = problem.past_of(span);
+    const head_block<T> at(problem, block, tiles);
+    const index_t first = at.part * token_tile;
+    const index_t past = at.past;
     if (first >= past) return;
     const index_t count = past - first < token_tile ? past - first : token_tile;
-    const index_t head_lane = head % problem.group() * problem.queries;  // among the KV head's
     const index_t at_once = columns::tokens_at_once(linear, problem.queries);
     for (index_t from = 0; from < count; from += at_once) {
       const index_t to = from + at_once < count ? from + at_once : count;
@@ -60,10 +55,10 @@ struct attention_rows {
       for (index_t lane = 0; lane < problem.queries; lane += lanes) {
         const index_t here = problem.queries - lane < lanes ? problem.queries - lane : lanes;
         group.for_each(here, [&](index_t i) {
-          group.write(memory.softmax[i], softmax[problem.first_lane(b, kv_head) + head_lane + lane + i]);
+          group.write(memory.softmax[i], softmax[problem.first_lane(at.b, at.kv_head) + at.head_lane + lane + i]);
         });
-        tile::compute(group, memory.operands, memory.logits, problem, span,
-                      {b, kv_head, head_lane + lane, here, first});
+        tile::compute(group, memory.operands, memory.logits, problem, at.span,
+                      {at.b, at.kv_head, at.head_lane + lane, here, first});
         group.for_each(2 * token_tile, [&](index_t item) {
           const index_t t = item % token_tile;
           if (t < from || t >= to) return;
@@ -94,8 +89,8 @@ struct attention_rows {
       group.sync();
     }
     group.for_each(count, [&](index_t t) {
-      group.write(rows[row_index * row_stride + first + t], group.read(memory.row[t]));
-      if (row_rest != nullptr) group.write(row_rest[row_index * row_stride + first + t], group.read(memory.rest[t]));
+      group.write(rows[at.row * row_stride + first + t], group.read(memory.row[t]));
+      if (row_rest != nullptr) group.write(row_rest[at.row * row_stride + first + t], group.read(memory.rest[t]));
     });
     group.for_each(1, [&](index_t) {
       index_t top = 0;

@@ -34,29 +34,23 @@ struct pool_sums {
 
   template <class Group>
   RESTKV_HD void operator()(Group& group, shared& memory, index_t block) const {
-    const index_t split = block % problem.splits;
-    const index_t b = block / problem.splits / problem.query_heads;
-    const index_t head = block / problem.splits % problem.query_heads;
-    const index_t kv_head = head / problem.group();
-    const head_span span = problem.span(b, kv_head);
-    const index_t past = problem.past_of(span);
-    const index_t begin = split * problem.split_tokens;
-    const index_t end = begin + problem.split_tokens < past ? begin + problem.split_tokens : past;
-    const index_t head_lane = head % problem.group() * problem.queries;
-    const index_t lane_base = problem.first_lane(b, kv_head) + head_lane;
+    const head_block<T> at(problem, block, problem.splits);
+    const index_t begin = at.part * problem.split_tokens;
+    const index_t end = begin + problem.split_tokens < at.past ? begin + problem.split_tokens : at.past;
+    const index_t lane_base = problem.first_lane(at.b, at.kv_head) + at.head_lane;
     for (index_t lane = 0; lane < problem.queries; lane += lanes) {
       const index_t here = problem.queries - lane < lanes ? problem.queries - lane : lanes;
       auto sums = group.template locals<double, 2>();
       group.for_each_thread([&](int t) { sums(t)[0] = sums(t)[1] = 0.0; });
       for (index_t first = begin; first < end; first += token_tile) {
-        tile::compute(group, memory.operands, memory.logits, problem, span,
-                      {b, kv_head, head_lane + lane, here, first});
+        tile::compute(group, memory.operands, memory.logits, problem, at.span,
+                      {at.b, at.kv_head, at.head_lane + lane, here, first});
         group.for_each_thread([&](int t) {
           if (t >= here) return;
           const lane_softmax state = softmax[lane_base + lane + t];
           for (index_t n = first; n < first + token_tile && n < end; ++n) {
             const index_t low = n > width / 2 ? n - width / 2 : 0;
-            const index_t high = n + width / 2 < past - 1 ? n + width / 2 : past - 1;
+            const index_t high = n + width / 2 < at.past - 1 ? n + width / 2 : at.past - 1;
             const auto share =
                 static_cast<double>(state.share(group.read(memory.logits[t * tile::stride + n - first])));
             sums(t)[0] += share;
@@ -67,7 +61,7 @@ struct pool_sums {
       }
       group.for_each_thread([&](int t) {
         if (t < here) {
-          group.write(parts[(lane_base + lane + t) * problem.splits + split], pool_sum{sums(t)[0], sums(t)[1]});
+          group.write(parts[(lane_base + lane + t) * problem.splits + at.part], pool_sum{sums(t)[0], sums(t)[1]});
         }
       });
     }
@@ -103,17 +97,12 @@ struct score_pooled {
   template <class Group>
   RESTKV_HD void operator()(Group& group, shared& memory, index_t block) const {
     const attention_problem<T>& problem = in.problem;
-    const index_t first = block % in.row_tiles * token_tile;
-    const index_t row_index = block / in.row_tiles;
-    const index_t b = row_index / problem.query_heads;
-    const index_t head = row_index % problem.query_heads;
-    const index_t kv_head = head / problem.group();
-    const head_span span = problem.span(b, kv_head);
-    const index_t past = problem.past_of(span);
+    const head_block<T> at(problem, block, in.row_tiles);
+    const index_t first = at.part * token_tile;
+    const index_t past = at.past;
     if (first >= past) return;
     const index_t count = past - first < token_tile ? past - first : token_tile;
-    const index_t head_lane = head % problem.group() * problem.queries;
-    const index_t lane_base = problem.first_lane(b, kv_head) + head_lane;
+    const index_t lane_base = problem.first_lane(at.b, at.kv_head) + at.head_lane;
     const index_t at_once = columns::tokens_at_once(in.linear, problem.queries);
     for (index_t from = 0; from < count; from += at_once) {
       const index_t to = from + at_once < count ? from + at_once : count;
@@ -132,8 +121,8 @@ struct score_pooled {
         for (int part = 0; part < 3; ++part) {
           const index_t begin = first + (part - 1) * token_tile;
           if (begin < 0 || begin >= past) continue;
-          tile::compute(group, memory.operands, memory.shares[part], problem, span,
-                        {b, kv_head, head_lane + lane, here, begin});
+          tile::compute(group, memory.operands, memory.shares[part], problem, at.span,
+                        {at.b, at.kv_head, at.head_lane + lane, here, begin});
           group.for_each(lanes * token_tile, [&](index_t item) {
             const index_t r = item / token_tile;
             if (r >= here) return;
@@ -147,18 +136,13 @@ struct score_pooled {
           const index_t n = first + t;
           const index_t low = n > width / 2 ? n - width / 2 : 0;
           const index_t high = n + width / 2 < past - 1 ? n + width / 2 : past - 1;
-          token_features<float> f;
-          f.position = n;
-          f.length = span.length;
-          f.batch = b;
-          f.head = head;
-          f.layer = problem.layer;
+          token_features<float> f = problem.features(at.span, at.b, at.head, n);
           columns::add(group, memory.columns_memory, in.linear, in.weights, problem.queries, t, from, lane, here,
                        [&](index_t i) {
                          float sum = 0;
                          for (index_t m = low; m <= high; ++m) {
-                           const index_t at = m - first + token_tile;
-                           sum += group.read(memory.shares[at / token_tile][i * tile::stride + at % token_tile]);
+                           const index_t place = m - first + token_tile;
+                           sum += group.read(memory.shares[place / token_tile][i * tile::stride + place % token_tile]);
                          }
                          f.attention = sum * group.read(memory.scale[i]);
                          return in.score(f);
@@ -168,7 +152,7 @@ struct score_pooled {
       }
       group.for_each(token_tile, [&](index_t t) {
         if (t < from || t >= to) return;
-        group.write(running[row_index * row_stride + first + t],
+        group.write(running[at.row * row_stride + first + t],
                     columns::finish(group, memory.columns_memory, in.temporal, in.linear, problem.queries, t, from));
       });
       group.sync();

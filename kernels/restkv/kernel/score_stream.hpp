@@ -66,43 +66,34 @@ struct score_stream {
   template <class Group>
   RESTKV_HD void operator()(Group& group, shared& memory, index_t block) const {
     const attention_problem<T>& problem = in.problem;
-    const index_t first = block % in.row_tiles * token_tile;
-    const index_t row_index = block / in.row_tiles;
-    const index_t b = row_index / problem.query_heads;
-    const index_t head = row_index % problem.query_heads;
-    const index_t kv_head = head / problem.group();
-    const head_span span = problem.span(b, kv_head);
-    const index_t past = problem.past_of(span);
+    const head_block<T> at(problem, block, in.row_tiles);
+    const index_t first = at.part * token_tile;
+    const head_span& span = at.span;
     const index_t window = problem.window_of(span);
     const index_t before = span.length - window;  // tokens that every query of the window sees
     const index_t queries =
         window - problem.first_query < problem.queries ? window - problem.first_query : problem.queries;
     // The newest of the queries sees before + first_query + queries tokens.
-    if (first >= past || queries <= 0 || first >= before + problem.first_query + queries) return;
-    const index_t head_lane = head % problem.group() * problem.queries;
+    if (first >= at.past || queries <= 0 || first >= before + problem.first_query + queries) return;
     for (index_t lane = 0; lane < queries; lane += lanes) {
       const index_t here = queries - lane < lanes ? queries - lane : lanes;
       group.for_each(here, [&](index_t i) {
-        group.write(memory.softmax[i], softmax[problem.first_lane(b, kv_head) + head_lane + lane + i]);
+        group.write(memory.softmax[i], softmax[problem.first_lane(at.b, at.kv_head) + at.head_lane + lane + i]);
       });
-      tile::compute(group, memory.operands, memory.logits, problem, span, {b, kv_head, head_lane + lane, here, first});
+      tile::compute(group, memory.operands, memory.logits, problem, span,
+                    {at.b, at.kv_head, at.head_lane + lane, here, first});
       group.for_each(token_tile, [&](index_t t) {
         const index_t n = first + t;
-        if (n >= past) return;
+        if (n >= at.past) return;
         const index_t unseen = n > before ? n - before : 0;  // queries of the window before the token
-        float& cell = running[row_index * row_stride + n];
+        float& cell = running[at.row * row_stride + n];
         float score = problem.first_query + lane <= unseen ? 0.0f : group.read(cell);
         double sum = 0;
         for (index_t i = 0; i < here; ++i) {
           const index_t query = problem.first_query + lane + i;
           if (query < unseen) continue;
           const lane_softmax state = group.read(memory.softmax[i]);
-          token_features<float> f;
-          f.position = n;
-          f.length = span.length;
-          f.batch = b;
-          f.head = head;
-          f.layer = problem.layer;
+          token_features<float> f = problem.features(span, at.b, at.head, n);
           f.logit = group.read(memory.logits[i * tile::stride + t]);
           f.attention = state.share(f.logit);
           f.odds = state.top == n ? 1.0f / state.bounded_rest() : f.attention / (1.0f - f.attention);
