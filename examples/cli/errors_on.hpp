@@ -4,9 +4,12 @@
 #pragma once
 
 #include "command.hpp"
+#include "configuration.hpp"
 #include "set_error.hpp"
 
 #include <restkv/verify/output_error.hpp>
+
+#include <algorithm>
 
 namespace restkv::cli {
 
@@ -23,6 +26,20 @@ template <tensor_backend Backend>
   made.output_error_layer = flat(errors.layer().data, queries);
   if (errors.head_projected().data != nullptr) made.output_error_per_head = flat(errors.head_projected().data, count);
   return made;
+}
+
+/// Queries of the window that a layer has.
+[[nodiscard]] inline index_t window_of(const layer_view<float>& layer, const configuration& c) {
+  return std::min({c.window, layer.query.extent(2), layer.key.extent(2)});
+}
+
+/// On every query of the window. Throws input_error where there is none.
+template <tensor_backend Backend>
+[[nodiscard]] window_errors errors_on_window(Backend& backend, const selection& chosen, const layer_view<float>& layer,
+                                             const configuration& c, const std::string& where) {
+  const index_t queries = window_of(layer, c);
+  if (queries == 0) throw input_error(where + ": there are no queries to measure the error with");
+  return errors_on(backend, chosen, layer, queries, where);
 }
 
 }  // namespace restkv::cli

@@ -12,14 +12,6 @@
 
 namespace restkv::cli {
 
-namespace {
-
-index_t window_of(const layer_view<float>& layer, const configuration& c) {
-  return std::min({c.window, layer.query.extent(2), layer.key.extent(2)});
-}
-
-}  // namespace
-
 std::optional<relative_error> window_error(const selection& chosen, const layer_view<float>& layer,
                                            const configuration& c, int threads) {
   const index_t queries = window_of(layer, c);
@@ -50,14 +42,12 @@ selection given_selection(const layer_file& file, const configuration& c) {
 
 window_errors errors_of(const selection& chosen, const layer_view<float>& layer, const configuration& c,
                         backend_kind backend, int threads, const std::string& where) {
-  const index_t queries = window_of(layer, c);
-  if (queries == 0) throw input_error(where + ": there are no queries to measure the error with");
   if (backend == backend_kind::eigen) {
     eigen_backend eigen(threads);
-    return errors_on(eigen, chosen, layer, queries, where);
+    return errors_on_window(eigen, chosen, layer, c, where);
   }
   reference_backend reference;
-  return errors_on(reference, chosen, layer, queries, where);
+  return errors_on_window(reference, chosen, layer, c, where);
 }
 
 void add_error_tensors(safetensors_writer& out, const selection& chosen, const layer_view<float>& layer,

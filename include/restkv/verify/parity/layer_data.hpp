@@ -127,14 +127,6 @@ class layer_data {
   layer_view<T> view_{};
 };
 
-namespace detail {
-
-/// True for a type that is named, or where none is.
-template <class T, class... Elements>
-inline constexpr bool is_wanted = sizeof...(Elements) == 0 || (std::is_same_v<T, Elements> || ...);
-
-}  // namespace detail
-
 /// Calls use(std::type_identity<T>) with the element type of a problem, if `Accepts<T>` holds, and returns what it
 /// returns.
 template <template <class> class Accepts, class Use>

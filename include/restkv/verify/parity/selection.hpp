@@ -33,21 +33,10 @@ struct selection_result {
   std::vector<std::vector<position_t>> kept;  ///< [batch * heads]
 };
 
-template <class Mine, class Policy, class... Elements>
-struct selects_tokens {
-  /// A callable is not even asked about types that are not wanted: its body may not compile with them.
-  template <class T>
-  [[nodiscard]] static constexpr bool takes() {
-    if constexpr (!is_wanted<T, Elements...>) {
-      return false;
-    } else if constexpr (tensor_backend<std::remove_cvref_t<Mine>>) {
-      return true;
-    } else {
-      return std::invocable<Mine&, const selection_call<T, Policy>&>;
-    }
-  }
-  template <class T>
-  using of = std::bool_constant<takes<T>()>;
+template <class Policy>
+struct selection_calls {
+  template <element T>
+  using call = selection_call<T, Policy>;
 };
 
 inline void read_kept(const kept_tokens& kept, selection_result& result) {
@@ -273,14 +262,13 @@ requires tensor_backend<std::remove_cvref_t<Reference>>
                                        const options& how = {}) {
   using score_t = std::remove_cvref_t<decltype(policy.score)>;
   using rescoring_t = std::remove_cvref_t<decltype(policy.rescoring)>;
-  using kernel = detail::selects_tokens<std::remove_reference_t<Mine>, Policy, Elements...>;
+  using kernel = detail::takes_elements<std::remove_reference_t<Mine>, detail::selection_calls<Policy>, Elements...>;
   constexpr bool is_backend = tensor_backend<std::remove_cvref_t<Mine>>;
   problem_space space = detail::layer_space(needs_window<score_t>() ? policy.window : 1, needs_values<score_t>(),
                                             needs_metric(policy.score));
-  space.types = {kernel::template of<float>::value, kernel::template of<half>::value,
-                 kernel::template of<bfloat16>::value};
+  space.types = kernel::types;
   static_assert(
-      kernel::template of<float>::value || kernel::template of<half>::value || kernel::template of<bfloat16>::value,
+      kernel::any,
       "a kernel that selects is a backend, or is called with a selection_call<T, Policy>");
   const arithmetic of_reference = detail::arithmetic_of<Reference>(options{});
   const arithmetic of_mine = detail::arithmetic_of<Mine>(how);

@@ -9,6 +9,7 @@
 #include <restkv/verify/parity/run_cases.hpp>
 #include <restkv/verify/parity/score_bounds.hpp>
 #include <restkv/verify/parity/suspects.hpp>
+#include <restkv/verify/parity/takes_elements.hpp>
 
 #include <concepts>
 #include <string>
@@ -40,21 +41,10 @@ template <class Policy>
 
 namespace detail {
 
-template <class Mine, class Request, class... Elements>
-struct scores_tokens {
-  /// A callable is not even asked about types that are not wanted: its body may not compile with them.
-  template <class T>
-  [[nodiscard]] static constexpr bool takes() {
-    if constexpr (!is_wanted<T, Elements...>) {
-      return false;
-    } else if constexpr (tensor_backend<std::remove_cvref_t<Mine>>) {
-      return true;
-    } else {
-      return std::invocable<Mine&, const score_call<T, Request>&>;
-    }
-  }
-  template <class T>
-  using of = std::bool_constant<takes<T>()>;
+template <class Request>
+struct score_calls {
+  template <element T>
+  using call = score_call<T, Request>;
 };
 
 /// Multiply-adds of scoring and of its bounds, about.
@@ -190,13 +180,12 @@ requires tensor_backend<std::remove_cvref_t<Reference>>
                                           const options& how = {}) {
   using request_t = score_request_of<Policy>;
   using score_t = std::remove_cvref_t<decltype(policy.score)>;
-  using kernel = detail::scores_tokens<std::remove_reference_t<Mine>, request_t, Elements...>;
+  using kernel = detail::takes_elements<std::remove_reference_t<Mine>, detail::score_calls<request_t>, Elements...>;
   problem_space space = detail::layer_space(needs_window<score_t>() ? policy.window : 1, needs_values<score_t>(),
                                             needs_metric(policy.score));
-  space.types = {kernel::template of<float>::value, kernel::template of<half>::value,
-                 kernel::template of<bfloat16>::value};
+  space.types = kernel::types;
   static_assert(
-      kernel::template of<float>::value || kernel::template of<half>::value || kernel::template of<bfloat16>::value,
+      kernel::any,
       "a kernel of token scores is a backend, or is called with a score_call<T, Request>");
   const arithmetic of_reference = detail::arithmetic_of<Reference>(options{});
   const arithmetic of_mine = detail::arithmetic_of<Mine>(how);
