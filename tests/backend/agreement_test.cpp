@@ -3,6 +3,7 @@
 // wider than what float can resolve.
 #include "support/arranged_layer.hpp"
 #include "support/catch.hpp"
+#include "support/feature_scores.hpp"
 #include "support/layer_metric.hpp"
 #include "support/selection_outcome.hpp"
 
@@ -17,37 +18,6 @@ using namespace restkv_test;
 using namespace restkv;
 
 namespace {
-
-/// A score of a user's own that reads every feature.
-struct all_features {
-  query_order order = query_order::before;
-  restkv::metric metric_of_distance = restkv::metric::identity;
-
-  static constexpr feature needs = feature::attention | feature::odds | feature::distance | feature::output_norm |
-                                   feature::value_norm | feature::key_norm | feature::alignment |
-                                   feature::value_norm_l1 | feature::mean_distance;
-
-  template <std::floating_point Real>
-  [[nodiscard]] Real operator()(const token_features<Real>& token) const noexcept {
-    return token.attention * (token.value_norm + token.value_norm_l1 + std::fabs(token.alignment)) +
-           token.odds * (token.distance + token.mean_distance) / (Real(1) + token.output_norm) +
-           Real(1e-3) * token.key_norm / (Real(1) + static_cast<Real>(token.length - token.position));
-  }
-};
-
-/// One that is defined for the tokens of the window too, by the queries that see them, with noise in some cases.
-struct seen_tokens {
-  logit_perturbation noise{};
-
-  static constexpr feature needs = feature::attention | feature::odds | feature::logit;
-  static constexpr bool scores_window = true;
-
-  [[nodiscard]] logit_perturbation perturbation() const noexcept { return noise; }
-  template <std::floating_point Real>
-  [[nodiscard]] Real operator()(const token_features<Real>& token) const noexcept {
-    return token.attention + std::min(token.odds, Real(2)) / (Real(1) + token.logit * token.logit);
-  }
-};
 
 /// One that needs no queries.
 struct norms_only {

@@ -3,6 +3,7 @@
 // more damage than there must be.
 #include "support/arranged_layer.hpp"
 #include "support/catch.hpp"
+#include "support/damaged_places.hpp"
 #include "support/layer_metric.hpp"
 #include "support/selection_outcome.hpp"
 
@@ -10,26 +11,15 @@
 #include <restkv/reference/backend.hpp>
 #include <restkv/runtime_parts.hpp>
 
-#include <functional>
-
 using namespace restkv_test;
 using namespace restkv;
 
 namespace {
 
-constexpr float not_a_number = std::numeric_limits<float>::quiet_NaN();
-constexpr float infinity = std::numeric_limits<float>::infinity();
-constexpr index_t window = 5;
+constexpr index_t window = damaged_window;
 constexpr index_t budget = 40;
-const layer_sizes sizes{.batch = 1,
-                        .query_heads = 4,
-                        .kv_heads = 2,
-                        .head_dim = 8,
-                        .tokens = 150,
-                        .queries = 6,
-                        .hidden = 24,
-                        .sharpness = 2.0};
-constexpr index_t past = 145;
+const layer_sizes& sizes = damaged_sizes;
+constexpr index_t past = damaged_past;
 
 template <class Score, class Temporal>
 eviction_policy<Score, Temporal, any_spatial, uniform> make_policy(const Score& score, const Temporal& temporal,
@@ -80,30 +70,6 @@ void check_damage(const arranged_layer<float>& layer, const Score& score, const 
     for (index_t h = 0; h < 2; ++h) CHECK(count_nan(fast, h) == count_nan(exact, h));
   }
 }
-
-struct place {
-  const char* name;
-  std::function<void(arranged_layer<float>&, float)> damage;
-};
-
-const place places[] = {{"one channel of a key", [](auto& l, float bad) { l.key(0, 1, 40, 3) = bad; }},
-                        {"a whole key",
-                         [](auto& l, float bad) {
-                           for (index_t c = 0; c < sizes.head_dim; ++c) l.key(0, 1, 40, c) = bad;
-                         }},
-                        {"a key of the window", [](auto& l, float bad) { l.key(0, 1, 147, 2) = bad; }},
-                        {"all keys of the past",
-                         [](auto& l, float bad) {
-                           for (index_t n = 0; n < past; ++n) l.key(0, 1, n, 2) = bad;
-                         }},
-                        {"a query", [](auto& l, float bad) { l.query(0, 3, 3, 1) = bad; }},
-                        {"the newest query", [](auto& l, float bad) { l.query(0, 3, 5, 1) = bad; }},
-                        {"a value", [](auto& l, float bad) { l.value(0, 1, 40, 3) = bad; }},
-                        {"the first value", [](auto& l, float bad) { l.value(0, 1, 0, 0) = bad; }},
-                        {"a value of the window", [](auto& l, float bad) { l.value(0, 1, 147, 3) = bad; }},
-                        {"all values", [](auto& l, float bad) {
-                           for (index_t n = 0; n < sizes.tokens; ++n) l.value(0, 1, n, 1) = bad;
-                         }}};
 
 }  // namespace
 

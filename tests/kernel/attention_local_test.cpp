@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Score kernels of attention alone: odds, pooled attention, windows whose own tokens are scored.
 #include "kernel/attention_support.hpp"
+#include "support/feature_scores.hpp"
 
 #include <restkv/score/defensive_kv.hpp>
 #include <restkv/smoothing/mean_variance.hpp>
@@ -21,20 +22,6 @@ struct odds_only {
   }
 };
 
-/// One that is defined for the tokens of the window too, by the queries that see them, with noise.
-struct seen_tokens {
-  logit_perturbation noise{.temperature = 1.5f, .gumbel = true, .seed = 77};
-
-  static constexpr feature needs = feature::attention | feature::odds | feature::logit;
-  static constexpr bool scores_window = true;
-
-  [[nodiscard]] logit_perturbation perturbation() const noexcept { return noise; }
-  template <std::floating_point Real>
-  [[nodiscard]] Real operator()(const token_features<Real>& token) const noexcept {
-    return token.attention + std::min(token.odds, Real(2)) / (Real(1) + token.logit * token.logit);
-  }
-};
-
 }  // namespace
 
 TEST_CASE("kernels: odds alone are the reference's") { check_scores<float>(odds_only{}, temporal_of, 300, 40); }
@@ -45,7 +32,7 @@ TEST_CASE("kernels: snap_kv is the reference's with a smoother that needs whole 
 }
 
 TEST_CASE("kernels: scores of the tokens that a window sees are the reference's") {
-  check_scores<float>(seen_tokens{}, temporal_of, 700, 40);
+  check_scores<float>(seen_tokens{{.temperature = 1.5f, .gumbel = true, .seed = 77}}, temporal_of, 700, 40);
 }
 
 TEST_CASE("kernels: attention pooled within each query is the reference's") {

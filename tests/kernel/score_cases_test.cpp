@@ -3,53 +3,22 @@
 // get in each other's way.
 #include "kernel/attention_support.hpp"
 #include "support/arranged_layer.hpp"
-
-#include <functional>
+#include "support/damaged_places.hpp"
 
 using namespace restkv_test;
 using namespace restkv;
 
 namespace {
 
-constexpr float not_a_number = std::numeric_limits<float>::quiet_NaN();
-constexpr float infinity = std::numeric_limits<float>::infinity();
-constexpr index_t window = 5;
-constexpr index_t past = 145;
-const layer_sizes sizes{.batch = 1,
-                        .query_heads = 4,
-                        .kv_heads = 2,
-                        .head_dim = 8,
-                        .tokens = 150,
-                        .queries = 6,
-                        .hidden = 24,
-                        .sharpness = 2.0};
+constexpr index_t window = damaged_window;
+constexpr index_t past = damaged_past;
+const layer_sizes& sizes = damaged_sizes;
 
 template <class Score, class Temporal, element T>
 auto make_request(const Score& score, const Temporal& temporal, const layer_view<T>& layer, index_t queries = window,
                   group_reduce group = group_reduce::l2) {
   return score_request<Score, Temporal>{score, temporal, queries, group, shape_of(layer)};
 }
-
-struct place {
-  const char* name;
-  std::function<void(arranged_layer<float>&, float)> damage;
-};
-
-const place places[] = {{"one channel of a key", [](auto& l, float bad) { l.key(0, 1, 40, 3) = bad; }},
-                        {"a whole key",
-                         [](auto& l, float bad) {
-                           for (index_t c = 0; c < sizes.head_dim; ++c) l.key(0, 1, 40, c) = bad;
-                         }},
-                        {"a key of the window", [](auto& l, float bad) { l.key(0, 1, 147, 2) = bad; }},
-                        {"all keys of the past",
-                         [](auto& l, float bad) {
-                           for (index_t n = 0; n < past; ++n) l.key(0, 1, n, 2) = bad;
-                         }},
-                        {"a query", [](auto& l, float bad) { l.query(0, 3, 3, 1) = bad; }},
-                        {"the newest query", [](auto& l, float bad) { l.query(0, 3, 5, 1) = bad; }},
-                        {"a value", [](auto& l, float bad) { l.value(0, 1, 40, 3) = bad; }},
-                        {"the first value", [](auto& l, float bad) { l.value(0, 1, 0, 0) = bad; }},
-                        {"a value of the window", [](auto& l, float bad) { l.value(0, 1, 147, 3) = bad; }}};
 
 /// The same tokens without a score that is a number, and the scores of the others: the same up to what float resolves,
 /// or both beyond what a float distance can be.

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "support/catch.hpp"
+#include "support/feature_scores.hpp"
 #include "support/random_layer.hpp"
 
 #include <restkv/backend/bulk.hpp>
@@ -34,20 +35,6 @@ struct every_feature {
                (token.value_norm + token.value_norm_l1 + std::fabs(token.alignment) + token.projected_norm_l1) +
            token.odds * (token.distance + token.mean_distance) / (Real(1) + token.output_norm) +
            Real(1e-3) * token.key_norm / (Real(1) + static_cast<Real>(token.length) + place);
-  }
-};
-
-/// One that is defined for the tokens of the window too, by the queries that see them, with noise in some cases.
-struct seen_tokens {
-  restkv::logit_perturbation noise{};
-
-  static constexpr restkv::feature needs = restkv::feature::attention | restkv::feature::odds | restkv::feature::logit;
-  static constexpr bool scores_window = true;
-
-  [[nodiscard]] restkv::logit_perturbation perturbation() const noexcept { return noise; }
-  template <std::floating_point Real>
-  [[nodiscard]] Real operator()(const restkv::token_features<Real>& token) const noexcept {
-    return token.attention + std::min(token.odds, Real(2)) / (Real(1) + token.logit * token.logit);
   }
 };
 

@@ -2,6 +2,7 @@
 // Whole selections on Thrust keep what the CPU keeps: damaged inputs, masks, shared heads, chunks, policies row by row.
 #include "support/arranged_layer.hpp"
 #include "support/catch.hpp"
+#include "support/damaged_places.hpp"
 #include "support/layer_metric.hpp"
 #include "support/random_layer.hpp"
 #include "support/selection_outcome.hpp"
@@ -17,8 +18,6 @@ using namespace restkv_test;
 namespace {
 
 using cpp_backend = thrust_backend<thrust_cpp>;
-constexpr float not_a_number = std::numeric_limits<float>::quiet_NaN();
-constexpr float infinity = std::numeric_limits<float>::infinity();
 
 using policy_t = eviction_policy<rest_kv, any_temporal, any_spatial, any_budget>;
 
@@ -31,15 +30,8 @@ index_t count_nan(const selection_outcome<Real>& outcome, index_t h, index_t pas
 }  // namespace
 
 TEST_CASE("damaged inputs: Thrust keeps the reference's valid set") {
-  const layer_sizes sizes{.batch = 1,
-                          .query_heads = 4,
-                          .kv_heads = 2,
-                          .head_dim = 8,
-                          .tokens = 150,
-                          .queries = 6,
-                          .hidden = 24,
-                          .sharpness = 2.0};
-  constexpr index_t past = 145;
+  const layer_sizes& sizes = damaged_sizes;
+  constexpr index_t past = damaged_past;
   for (int place = 0; place < 9; ++place) {
     for (const float bad : {not_a_number, infinity, -infinity}) {
       arranged_layer<float> layer(sizes, 5);
