@@ -9,6 +9,14 @@
 
 namespace restkv {
 
+namespace detail {
+
+/// A backend that moves tokens by kernels, with a `compact_in_place` of its own that returns a status.
+template <class B>
+concept moves_by_kernels = requires { typename B::executor_type; };
+
+}  // namespace detail
+
 /// A backend's threads as a loop for `compact`, `compact_in_place`, `gather_tokens` and `rotate_keys`.
 template <tensor_backend Backend>
 struct backend_loop {
@@ -39,6 +47,7 @@ void compact(Backend& backend, const const_kept_tokens& kept,
 /// Moves the kept keys and values to the front of their heads on the backend's threads; throws `restkv::error`. See
 /// `compact_in_place(kept, key, value)`.
 template <tensor_backend Backend, class K, class V>
+  requires(!detail::moves_by_kernels<Backend>)
 void compact_in_place(Backend& backend, const const_kept_tokens& kept, const tensor_view<K, 4>& key,
                       const tensor_view<V, 4>& value) {
   throw_if_failed(compact_in_place(kept, key, value, backend_loop{backend}));

@@ -1,27 +1,27 @@
 // SPDX-License-Identifier: Apache-2.0
-// The kernels that move tokens, on the host group in shuffled orders, against the library's own loops, bit by bit.
+// The kernels that move tokens, on the host group in shuffled orders, against the library's own loops, bit by bit: by
+// the calls that a user makes, so that what these check lets every good input through.
 #include "cache/cache_support.hpp"
 #include "support/catch.hpp"
 
+#include <restkv/backend/host/backend.hpp>
+#include <restkv/backend/kernel_compact.hpp>
 #include <restkv/cache/compact.hpp>
 #include <restkv/cache/paged_compact.hpp>
 #include <restkv/cache/paged_gather.hpp>
-#include <restkv/kernel/gather_in_place.hpp>
-#include <restkv/kernel/gather_tokens.hpp>
-#include <restkv/kernel/rotate_keys.hpp>
 
 using namespace restkv;
 using namespace restkv_test;
 
 namespace {
 
-/// An executor that says whether work items met.
-struct checked_executor {
+/// A backend that says whether work items met.
+struct checked_backend {
   kernel::conflict_recorder recorder;
-  kernel::host_executor executor;
+  host_kernel_backend backend;
 
-  explicit checked_executor(index_t seed) : executor(static_cast<std::uint64_t>(seed), &recorder) {}
-  ~checked_executor() { CHECK(recorder.conflicts().empty()); }
+  explicit checked_backend(index_t seed) : backend(static_cast<std::uint64_t>(seed), &recorder) {}
+  ~checked_backend() { CHECK(recorder.conflicts().empty()); }
 };
 
 struct sizes {
@@ -80,8 +80,7 @@ void check_gather(index_t turn) {
   const index_t rows = s.heads * s.group;
   const guarded_tensor<T, 4> source(random, {s.batch, s.heads, s.tokens, s.channels}, arrangement<T>(turn));
   const random_kept kept(random, s.batch, rows, s.tokens, s.capacity);
-  const kernel::kept_rows set(kept.read());
-  checked_executor run(turn);
+  checked_backend run(turn);
   CAPTURE(turn, s.tokens, s.channels, s.capacity, sizeof(T));
 
   guarded_tensor<T, 4> dense(random, {s.batch, rows, s.capacity, s.channels}, arrangement<T>(turn / 2));
@@ -89,20 +88,22 @@ void check_gather(index_t turn) {
   REQUIRE(
       gather_tokens(kept.read(), chunked_tensor_view<const T>(source.read()), dense_layout<T>{expected_dense.view()})
           .ok());
-  kernel::gather(run.executor, set, s.group, kernel::rows_of(source.read()), kernel::rows_of(dense.view()));
+  REQUIRE(gather_tokens(run.backend, kept.set(), source.read(), dense.view()).ok());
   CHECK(dense.same_bytes(expected_dense));
 
   std::vector<std::int64_t> offsets(static_cast<std::size_t>(s.batch * rows + 1));
   const tensor_view<std::int64_t, 1> starts(offsets.data(), {s.batch * rows + 1});
   REQUIRE(ragged_offsets(kept.read(), starts).ok());
-  const guarded_tensor<T, 2> ragged(random, {kept.set().total() + 1, s.channels},
+  const guarded_tensor<T, 2> ragged(random, {s.batch * rows * s.capacity, s.channels},
                                     {.contiguous_channels = turn % 2 == 0});
   const guarded_tensor<T, 2> expected_ragged(ragged);
   REQUIRE(gather_tokens(kept.read(), chunked_tensor_view<const T>(source.read()),
                         ragged_layout<T>{expected_ragged.view(), starts, s.batch, rows})
               .ok());
-  kernel::gather(run.executor, set, s.group, kernel::rows_of(source.read()),
-                 kernel::rows_of(ragged_layout<T>{ragged.view(), starts, s.batch, rows}));
+  REQUIRE(ragged_offsets(run.backend, kept.read(), starts).ok());
+  REQUIRE(
+      gather_tokens(run.backend, kept.set(), source.view(), ragged_rows<T, memory_space::host>{ragged.view(), starts})
+          .ok());
   CHECK(ragged.same_bytes(expected_ragged));
 
   const index_t page_size = pick(random, 1, 17);
@@ -111,13 +112,13 @@ void check_gather(index_t turn) {
                               turn);
   const random_pages<T> expected_paged(paged);
   REQUIRE(gather_tokens(kept.read(), chunked_tensor_view<const T>(source.read()), expected_paged.layout).ok());
-  kernel::gather(run.executor, set, s.group, kernel::rows_of(source.read()), kernel::rows_of(paged.layout));
+  REQUIRE(gather_tokens(run.backend, kept.read(), source.read(), paged.layout).ok());
   CHECK(paged.pages.same_bytes(expected_paged.pages));
 
   const random_pages<T> from(random, s.batch, shared ? 1 : s.heads, shared ? s.heads : 1, page_size, s.tokens,
                              s.channels, turn);
   REQUIRE(gather_tokens(kept.read(), from.layout, dense_layout<T>{expected_dense.view()}).ok());
-  kernel::gather(run.executor, set, s.group, kernel::rows_of(from.layout), kernel::rows_of(dense.view()));
+  REQUIRE(gather_tokens(run.backend, kept.read(), from.layout, dense.view()).ok());
   CHECK(dense.same_bytes(expected_dense));
 }
 
@@ -129,17 +130,36 @@ void check_in_place(index_t turn) {
   const guarded_tensor<T, 4> cache(random, {s.batch, s.heads, s.tokens, s.channels}, arrangement<T>(turn));
   const guarded_tensor<T, 4> expected(cache);
   const random_kept kept(random, s.batch, s.heads, s.tokens, s.capacity);
-  checked_executor run(turn);
+  checked_backend run(turn);
   CAPTURE(turn, s.tokens, s.channels, s.capacity, sizeof(T));
   const tensor_view<T, 4> nothing(nullptr, {s.batch, s.heads, s.tokens, 0});
   REQUIRE(compact_in_place(kept.read(), expected.view(), nothing).ok());
-  kernel::compact_in_place(run.executor, kernel::kept_rows(kept.read()), kernel::rows_of(cache.view()));
+  REQUIRE(compact_in_place(run.backend, kept.set(), cache.view(), nothing).ok());
   CHECK(cache.same_bytes(expected));
 
   const bool shared = turn % 2 == 0;
   const random_pages<T> pages(random, s.batch, shared ? 1 : s.heads, shared ? s.heads : 1, pick(random, 1, 17),
                               s.tokens, s.channels, turn);
   const random_pages<T> expected_pages(pages);
+  // In pages of their own tokens need no plan: slot i goes to entry i / page_size of the table.
+  const random_pages<T> own(pages);
+  const random_pages<T> expected_own(pages);
+  for (index_t b = 0; b < s.batch; ++b) {
+    for (index_t h = 0; h < s.heads; ++h) {
+      for (index_t i = 0; i < kept.read().lengths(b, h); ++i) {
+        const auto from = own.layout.row(b, h, kept.read().positions(b, h, i));
+        const auto to = expected_own.layout.row(b, h, i);
+        for (index_t c = 0; c < s.channels; ++c) std::memcpy(&to(c), &from(c), sizeof(T));
+      }
+    }
+  }
+  const paged_layout<T> no_channels{own.layout.pages.slice(3, 0, 0), own.layout.tables};
+  REQUIRE(compact_in_place(run.backend, kept.set(), own.layout, no_channels).ok());
+  CHECK(own.pages.same_bytes(expected_own.pages));
+  std::vector<position_t> own_lengths(own.lengths.size(), -1);
+  const tensor_view<position_t, 2> of_tables(own_lengths.data(), own.layout.tables.lengths.extents);
+  REQUIRE(page_lengths(run.backend, kept.set(), own.layout.pages.extent(1), of_tables).ok());
+
   // Some pages are shared with others, so that their tokens are copied elsewhere.
   const index_t count = pages.pages.view().extent(0);
   std::vector<std::byte> pool_memory(page_pool::required_bytes(count));
@@ -158,9 +178,14 @@ void check_in_place(index_t turn) {
                           workspace(plan_memory), moves)
               .ok());
   REQUIRE(move_tokens(moves, kept.read(), pages.layout.tables, expected_pages.pages.view()).ok());
-  kernel::compact_in_place(run.executor, kernel::kept_rows(kept.read()), kernel::rows_of(pages.layout),
-                           kernel::rows_of(paged_layout<T>{pages.pages.view(), {moves.ids, moves.lengths}}));
+  std::vector<page_t> after_ids(static_cast<std::size_t>(moves.ids.size()));
+  std::vector<position_t> after_lengths(static_cast<std::size_t>(moves.lengths.size()));
+  const page_tables after{{after_ids.data(), moves.ids.extents}, {after_lengths.data(), moves.lengths.extents}};
+  REQUIRE(
+      upload_tables(run.backend, page_tables{moves.ids, moves.lengths}, count, pages.layout.page_size(), after).ok());
+  REQUIRE(move_tokens(run.backend, kept.read(), pages.layout, after).ok());
   CHECK(pages.pages.same_bytes(expected_pages.pages));
+  CHECK(after_lengths == own_lengths);
 }
 
 /// Slots behind each other from position 3 on.
@@ -183,19 +208,54 @@ void check_rotation(index_t turn) {
   const guarded_tensor<T, 4> out(random, {s.batch, s.heads * s.group, s.capacity, s.channels},
                                  arrangement<T>(turn / 2));
   const guarded_tensor<T, 4> expected(out);
-  checked_executor run(turn);
+  checked_backend run(turn);
   CAPTURE(turn, s.tokens, s.channels, pairs);
-  const kernel::kept_rows set(kept.read());
   REQUIRE(
       gather_tokens(kept.read(), chunked_tensor_view<const T>(source.read()), dense_layout<T>{expected.view()}).ok());
   REQUIRE(rotate_keys(kept.read(), expected.view(), frequencies, pairing, behind_three{}).ok());
-  kernel::gather_rotated<T>(run.executor, set, s.group, kernel::rows_of(source.read()), kernel::rows_of(out.view()),
-                            frequencies.data(), pairs, pairing, behind_three{});
+  std::vector<double> uploaded(frequencies.size());
+  const tensor_view<double, 1> table(uploaded.data(), {pairs});
+  REQUIRE(upload_frequencies(run.backend, frequencies, table).ok());
+  const key_rotation<memory_space::host, behind_three> behind{table, pairing, {}};
+  const tensor_view<const T, 4> no_value(nullptr, {s.batch, s.heads, s.tokens, 0});
+  const tensor_view<T, 4> no_out(nullptr, {s.batch, s.heads * s.group, s.capacity, 0});
+  REQUIRE(compact(run.backend, kept.set(), source.read(), no_value, out.view(), no_out, behind).ok());
   CHECK(out.same_bytes(expected));
 
+  const key_rotation<memory_space::host> to_slots{table, pairing, {}};
   REQUIRE(rotate_keys(kept.read(), expected.view(), frequencies, pairing).ok());
-  kernel::rotate<T>(run.executor, set, kernel::rows_of(out.view()), frequencies.data(), pairs, pairing);
+  REQUIRE(rotate_keys(run.backend, kept.set(), out.view(), to_slots).ok());
   CHECK(out.same_bytes(expected));
+
+  const random_pages<T> paged(random, s.batch, s.heads * s.group, 1, 5, s.capacity, s.channels, turn);
+  const random_pages<T> expected_paged(paged);
+  REQUIRE(gather_tokens(kept.read(), chunked_tensor_view<const T>(source.read()), expected_paged.layout).ok());
+  REQUIRE(rotate_keys(kept.read(), expected_paged.layout, frequencies, pairing).ok());
+  REQUIRE(compact(run.backend, kept.set(), source.read(), no_value, paged.layout, no_out, to_slots).ok());
+  CHECK(paged.pages.same_bytes(expected_paged.pages));
+
+  const index_t total = s.batch * s.heads * s.group * s.capacity;
+  std::vector<std::int64_t> offsets(static_cast<std::size_t>(s.batch * s.heads * s.group + 1));
+  const tensor_view<std::int64_t, 1> starts(offsets.data(), {s.batch * s.heads * s.group + 1});
+  REQUIRE(ragged_offsets(run.backend, kept.read(), starts).ok());
+  const guarded_tensor<T, 2> ragged(random, {total, s.channels}, {});
+  const guarded_tensor<T, 2> expected_ragged(ragged);
+  const ragged_layout<T> expected_rows{expected_ragged.view(), starts, s.batch, s.heads * s.group};
+  REQUIRE(gather_tokens(kept.read(), chunked_tensor_view<const T>(source.read()), expected_rows).ok());
+  REQUIRE(rotate_keys(kept.read(), expected_rows, frequencies, pairing).ok());
+  REQUIRE(compact(run.backend, kept.set(), source.read(), no_value,
+                  ragged_rows<T, memory_space::host>{ragged.view(), starts}, no_out, to_slots)
+              .ok());
+  CHECK(ragged.same_bytes(expected_ragged));
+
+  if (s.group > 1) return;
+  const guarded_tensor<T, 4> moved(source);
+  const guarded_tensor<T, 4> expected_moved(source);
+  const tensor_view<T, 4> nothing(nullptr, {s.batch, s.heads, s.tokens, 0});
+  REQUIRE(compact_in_place(kept.read(), expected_moved.view(), nothing).ok());
+  REQUIRE(rotate_keys(kept.read(), expected_moved.view(), frequencies, pairing).ok());
+  REQUIRE(compact_in_place(run.backend, kept.set(), moved.view(), nothing, to_slots).ok());
+  CHECK(moved.same_bytes(expected_moved));
 }
 
 }  // namespace

@@ -3,8 +3,8 @@
 #include "cache/cache_support.hpp"
 #include "support/catch.hpp"
 
-#include <restkv/cache/quantised_gather.hpp>
-#include <restkv/kernel/quantised_gather.hpp>
+#include <restkv/backend/host/backend.hpp>
+#include <restkv/backend/kernel_compact.hpp>
 #include <restkv/kernel/running_update.hpp>
 #include <restkv/session/session_layer.hpp>
 
@@ -91,17 +91,18 @@ void check_quantised(index_t turn) {
   const quantised_memory<Scale> expected(out);
   CAPTURE(turn, how.tokens, how.channels, how.tokens_per_group, how.channels_per_group, how.format.bits);
   kernel::conflict_recorder recorder;
-  kernel::host_executor executor(static_cast<std::uint64_t>(turn), &recorder);
+  host_kernel_backend backend(static_cast<std::uint64_t>(turn), &recorder);
   const random_kept kept(random, how.batch, of_out.heads, how.tokens, how.tokens);
   REQUIRE(gather_tokens(kept.read(), source.view(), expected.view()).ok());
-  kernel::gather_codes<Scale>(executor, kernel::kept_rows(kept.read()), group, source.view(), out.view());
+  const quantised_view<const Scale> read = source.view();
+  REQUIRE(gather_tokens(backend, kept.set(), read, out.view()).ok());
   CHECK(out.same_bytes(expected));
 
   const random_kept own(random, how.batch, how.heads, how.tokens, how.tokens);
   const quantised_memory<Scale> moved(source);
   REQUIRE(compact_in_place(own.read(), moved.view()).ok());
   const quantised_memory<Scale> mine(source);
-  kernel::gather_codes<Scale>(executor, kernel::kept_rows(own.read()), 1, mine.view(), mine.view());
+  REQUIRE(compact_in_place(backend, own.set(), mine.view()).ok());
   CHECK(mine.same_bytes(moved));
   CHECK(recorder.conflicts().empty());
 }
@@ -151,6 +152,60 @@ TEST_CASE("Kernels gather and compact quantised caches as the library does", "[k
     check_quantised<half>(turn);
     check_quantised<float>(turn);
   }
+}
+
+TEST_CASE("Kernels refuse quantised caches in the CPU's words", "[kernel]") {
+  random_engine random(9);
+  recipe how(random, 20);  // 2 bits, groups of 3 tokens
+  how.batch = how.heads = 2;
+  how.tokens = 24;
+  how.channels = how.channels_per_group = 8;
+  const quantised_memory<float> source(random, how, false);
+  const quantised_memory<float> out(random, how, false);
+  const quantised_memory<float> before(out);
+  const random_kept kept(random, 2, 2, 24, 24);
+  const random_kept wide(random, 2, 4, 24, 24);
+  const random_kept three(random, 2, 3, 24, 24);
+  host_kernel_backend backend(std::uint64_t{1});
+  const auto same = [](const status& found, const status& wanted) {
+    INFO("kernels: " << found.message());
+    CHECK(!wanted.ok());
+    CHECK(found.code() == wanted.code());
+    CHECK(std::string(found.message()) == wanted.message());
+  };
+  const auto refused = [&](const random_kept& set, const quantised_view<float>& from, const quantised_view<float>& to) {
+    same(gather_tokens(backend, set.set(), from, to), gather_tokens(set.read(), from, to));
+  };
+  const auto changed = [](quantised_view<float> view, const auto& change) {
+    change(view);
+    return view;
+  };
+  const auto bad_out = [&](const auto& change) { refused(kept, source.view(), changed(out.view(), change)); };
+  const auto bad_source = [&](const auto& change) { refused(kept, changed(source.view(), change), out.view()); };
+  using view = quantised_view<float>;
+  REQUIRE(gather_tokens(kept.read(), source.view(), out.view()).ok());
+  refused(three, source.view(), out.view());
+  refused(wide, source.view(), out.view());
+  refused(kept, source.view(), source.view());
+  bad_source([](view& v) { v.format.bits = 3; });
+  bad_source([](view& v) { v.channels = 9; });
+  bad_source([](view& v) { v.codes.data = nullptr; });
+  bad_source([](view& v) { v.tokens_per_group = 0; });
+  bad_out([](view& v) { v.format.is_signed = !v.format.is_signed; });
+  bad_out([](view& v) { v.tokens_per_group = 4; });
+  bad_out([](view& v) { v.scale.data = nullptr; });
+  bad_out([](view& v) { v.codes.strides[2] = 0; });
+  bad_out([&](view& v) { v.scale = source.view().scale; });
+  refused(kept, source.view(), changed(out.view(), [](view& v) {
+            v.scale.extents[0] = v.codes.extents[0] = 1;
+            if (v.zero.data != nullptr) v.zero.extents[0] = 1;
+            if (v.offset.data != nullptr) v.offset.extents[0] = 1;
+          }));
+  same(compact_in_place(backend, wide.set(), out.view()), compact_in_place(wide.read(), out.view()));
+  const view broken = changed(out.view(), [](view& v) { v.codes.strides[1] = 0; });
+  same(compact_in_place(backend, kept.set(), broken), compact_in_place(kept.read(), broken));
+  const random_kept large(random, 2, 2, 24, 25);
+  check_error(gather_tokens(backend, large.set(), source.view(), out.view()), errc::shape_mismatch, {24, 25}, "out");
 }
 
 TEST_CASE("Kernels fold a query into running scores as a session does", "[kernel]") {

@@ -53,19 +53,44 @@ void compact_head(const const_kept_tokens& kept, const tensor_view<T, 4>& cache,
   copier.flush();
 }
 
+/// That values have the sequences, heads and tokens of their keys.
+template <class Key, class Value>
+[[nodiscard]] status check_beside(const Key& key, const Value& value) noexcept {
+  RESTKV_RETURN_IF_FAILED(check_equal("value", "sequences", value.extent(0), "key", key.extent(0)));
+  RESTKV_RETURN_IF_FAILED(check_equal("value", "heads", value.extent(1), "key", key.extent(1)));
+  return check_equal("value", "tokens", value.extent(2), "key", key.extent(2));
+}
+
+/// What `check_in_place` asks of memory, wherever it lies.
+template <class Position, class T, memory_space Space>
+[[nodiscard]] status check_memory_in_place(const basic_kept_tokens<Position, Space>& kept, const char* name,
+                                           const tensor_view<T, 4, Space>& cache) noexcept {
+  RESTKV_RETURN_IF_FAILED(check_one_set(kept.heads(), name, cache.extent(1)));
+  RESTKV_RETURN_IF_FAILED(check_distinct(name, cache));
+  return check_apart_from_kept(kept, name, touched_bytes(cache));
+}
+
 template <class T>
 [[nodiscard]] status check_in_place(const const_kept_tokens& kept, const char* name,
                                     const tensor_view<T, 4>& cache) noexcept {
-  RESTKV_RETURN_IF_FAILED(check_view(name, cache));
   RESTKV_RETURN_IF_FAILED(check_kept(kept, cache.extent(0), cache.extent(1), cache.extent(2)));
-  if (kept.heads() != cache.extent(1)) {
-    return status::error(errc::unsupported,
-                         "the kept set has %lld heads, %s has %lld: in place needs one set per KV head",
-                         static_cast<long long>(kept.heads()), name, static_cast<long long>(cache.extent(1)));
+  return check_memory_in_place(kept, name, cache);
+}
+
+/// That an array takes the offsets of a kept set.
+template <class Position, memory_space Space>
+[[nodiscard]] status check_offsets(const basic_kept_tokens<Position, Space>& kept,
+                                   const tensor_view<std::int64_t, 1, Space>& offsets) noexcept {
+  RESTKV_RETURN_IF_FAILED(check_kept_memory(kept));
+  RESTKV_RETURN_IF_FAILED(check_view("offsets", offsets));
+  RESTKV_RETURN_IF_FAILED(check_distinct("offsets", offsets));
+  const index_t entries = kept.batch() * kept.heads() + 1;
+  if (offsets.extent(0) != entries) {
+    return status::error(errc::shape_mismatch, "offsets has %lld entries, %lld sequences of %lld heads need %lld",
+                         static_cast<long long>(offsets.extent(0)), static_cast<long long>(kept.batch()),
+                         static_cast<long long>(kept.heads()), static_cast<long long>(entries));
   }
-  RESTKV_RETURN_IF_FAILED(check_distinct(name, cache));
-  RESTKV_RETURN_IF_FAILED(check_disjoint(name, touched_bytes(cache), "kept.positions", touched_bytes(kept.positions)));
-  return check_disjoint(name, touched_bytes(cache), "kept.lengths", touched_bytes(kept.lengths));
+  return check_apart_from_kept(kept, "offsets", touched_bytes(offsets));
 }
 
 }  // namespace detail
@@ -93,9 +118,7 @@ template <cache_layout KeyLayout, cache_layout ValueLayout, parallel_loop Parall
                              const ParallelFor& parallel_for = {}) {
   RESTKV_RETURN_IF_FAILED(detail::check_source("key", key));
   RESTKV_RETURN_IF_FAILED(detail::check_source("value", value));
-  RESTKV_RETURN_IF_FAILED(detail::check_equal("value", "sequences", value.extent(0), "key", key.extent(0)));
-  RESTKV_RETURN_IF_FAILED(detail::check_equal("value", "heads", value.extent(1), "key", key.extent(1)));
-  RESTKV_RETURN_IF_FAILED(detail::check_equal("value", "tokens", value.extent(2), "key", key.extent(2)));
+  RESTKV_RETURN_IF_FAILED(detail::check_beside(key, value));
   RESTKV_RETURN_IF_FAILED(detail::check_gather(kept, "key", key, "out_key", out_key));
   RESTKV_RETURN_IF_FAILED(detail::check_gather(kept, "value", value, "out_value", out_value));
   RESTKV_RETURN_IF_FAILED(detail::check_untouched("value", value, "out_key", out_key));
@@ -127,9 +150,7 @@ template <class K, class V, parallel_loop ParallelFor = serial_for>
   RESTKV_RETURN_IF_FAILED(detail::check_kept_memory(kept));
   RESTKV_RETURN_IF_FAILED(detail::check_view("key", key));
   RESTKV_RETURN_IF_FAILED(detail::check_view("value", value));
-  RESTKV_RETURN_IF_FAILED(detail::check_equal("value", "sequences", value.extent(0), "key", key.extent(0)));
-  RESTKV_RETURN_IF_FAILED(detail::check_equal("value", "heads", value.extent(1), "key", key.extent(1)));
-  RESTKV_RETURN_IF_FAILED(detail::check_equal("value", "tokens", value.extent(2), "key", key.extent(2)));
+  RESTKV_RETURN_IF_FAILED(detail::check_beside(key, value));
   RESTKV_RETURN_IF_FAILED(detail::check_in_place(kept, "key", key));
   RESTKV_RETURN_IF_FAILED(detail::check_in_place(kept, "value", value));
   if (may_overlap(key, value)) {
@@ -150,20 +171,8 @@ template <class K, class V, parallel_loop ParallelFor = serial_for>
 /// length is outside [0, capacity].
 [[nodiscard]] inline status ragged_offsets(const const_kept_tokens& kept,
                                            const tensor_view<std::int64_t, 1>& offsets) noexcept {
-  RESTKV_RETURN_IF_FAILED(detail::check_kept_memory(kept));
-  RESTKV_RETURN_IF_FAILED(detail::check_view("offsets", offsets));
-  RESTKV_RETURN_IF_FAILED(detail::check_distinct("offsets", offsets));
-  const index_t entries = kept.batch() * kept.heads() + 1;
-  if (offsets.extent(0) != entries) {
-    return status::error(errc::shape_mismatch, "offsets has %lld entries, %lld sequences of %lld heads need %lld",
-                         static_cast<long long>(offsets.extent(0)), static_cast<long long>(kept.batch()),
-                         static_cast<long long>(kept.heads()), static_cast<long long>(entries));
-  }
+  RESTKV_RETURN_IF_FAILED(detail::check_offsets(kept, offsets));
   RESTKV_RETURN_IF_FAILED(detail::check_lengths(kept));
-  RESTKV_RETURN_IF_FAILED(
-      detail::check_disjoint("offsets", touched_bytes(offsets), "kept.lengths", touched_bytes(kept.lengths)));
-  RESTKV_RETURN_IF_FAILED(
-      detail::check_disjoint("offsets", touched_bytes(offsets), "kept.positions", touched_bytes(kept.positions)));
   std::int64_t end = 0;
   offsets(0) = 0;
   for (index_t b = 0; b < kept.batch(); ++b) {

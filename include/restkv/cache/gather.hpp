@@ -48,8 +48,8 @@ namespace detail {
 template <class T>
 concept copyable_bytes = std::is_trivially_copyable_v<T> && !std::is_const_v<T>;
 
-template <class T, std::size_t Rank>
-[[nodiscard]] status check_view(const char* name, const tensor_view<T, Rank>& view) noexcept {
+template <class T, std::size_t Rank, memory_space Space>
+[[nodiscard]] status check_view(const char* name, const tensor_view<T, Rank, Space>& view) noexcept {
   for (std::size_t axis = 0; axis < Rank; ++axis) {
     if (view.extents[axis] < 0) {
       return status::error(errc::shape_mismatch, "%s has extent %lld on axis %zu of %zu", name,
@@ -81,8 +81,8 @@ template <class T, std::size_t Rank>
   return a.overlaps(b) ? overlap_error(first, second, a, b) : status{};
 }
 
-template <class T, std::size_t Rank>
-[[nodiscard]] status check_distinct(const char* name, const tensor_view<T, Rank>& view) noexcept {
+template <class T, std::size_t Rank, memory_space Space>
+[[nodiscard]] status check_distinct(const char* name, const tensor_view<T, Rank, Space>& view) noexcept {
   if (!may_overlap_itself(view)) return {};
   const byte_range bytes = touched_bytes(view);
   return status::error(errc::aliasing, "%s overlaps itself: %lld elements of %zu bytes within %lld bytes", name,
@@ -99,9 +99,18 @@ template <cache_layout Layout>
   return {};
 }
 
-[[nodiscard]] inline status check_kept_memory(const const_kept_tokens& kept) noexcept {
+template <class Position, memory_space Space>
+[[nodiscard]] status check_kept_memory(const basic_kept_tokens<Position, Space>& kept) noexcept {
   RESTKV_RETURN_IF_FAILED(check_view("kept.lengths", kept.lengths));
   return check_view("kept.positions", kept.positions);
+}
+
+/// That a kept set's positions and lengths have the same rows.
+template <class Position, memory_space Space>
+[[nodiscard]] status check_kept_arrays(const basic_kept_tokens<Position, Space>& kept) noexcept {
+  RESTKV_RETURN_IF_FAILED(
+      check_equal("kept.positions", "sequences", kept.positions.extent(0), "kept.lengths", kept.lengths.extent(0)));
+  return check_equal("kept.positions", "heads", kept.positions.extent(1), "kept.lengths", kept.lengths.extent(1));
 }
 
 template <class T>
@@ -118,6 +127,22 @@ template <class T>
     RESTKV_RETURN_IF_FAILED(check_equal(name, "channels in a chunk", part.extent(3), "the first", source.extent(3)));
   }
   return {};
+}
+
+/// That a KV head holds one kept set.
+[[nodiscard]] inline status check_one_set(index_t kept_heads, const char* name, index_t heads) noexcept {
+  if (kept_heads == heads) return {};
+  return status::error(errc::unsupported,
+                       "the kept set has %lld heads, %s has %lld: in place needs one set per KV head",
+                       static_cast<long long>(kept_heads), name, static_cast<long long>(heads));
+}
+
+/// That some bytes hold nothing of a kept set.
+template <class Position, memory_space Space>
+[[nodiscard]] status check_apart_from_kept(const basic_kept_tokens<Position, Space>& kept, const char* name,
+                                           const byte_range& bytes) noexcept {
+  RESTKV_RETURN_IF_FAILED(check_disjoint(name, bytes, "kept.positions", touched_bytes(kept.positions)));
+  return check_disjoint(name, bytes, "kept.lengths", touched_bytes(kept.lengths));
 }
 
 [[nodiscard]] inline status check_lengths(const const_kept_tokens& kept) noexcept {
@@ -155,8 +180,7 @@ template <cache_layout Layout>
       }
     }
   }
-  RESTKV_RETURN_IF_FAILED(check_disjoint(name, out.touched(), "kept.positions", touched_bytes(kept.positions)));
-  return check_disjoint(name, out.touched(), "kept.lengths", touched_bytes(kept.lengths));
+  return check_apart_from_kept(kept, name, out.touched());
 }
 
 /// That no byte the layout may write lies within the bounds of a source.

@@ -52,6 +52,19 @@ concept cache_layout = detail::has_value_type<L> && detail::has_batch_heads_and_
                        detail::has_capacity_of_each_head<L> && detail::has_row_of_each_slot<L> &&
                        detail::has_touched_bytes<L> && detail::has_check<L>;
 
+namespace detail {
+
+/// That there is an offset for each head of a batch, and one behind the last.
+[[nodiscard]] inline status check_ragged_entries(index_t entries, index_t sequences, index_t heads) noexcept {
+  const index_t needed = sequences * heads + 1;
+  if (entries == needed) return {};
+  return status::error(errc::shape_mismatch, "ragged offsets have %lld entries, %lld sequences of %lld heads need %lld",
+                       static_cast<long long>(entries), static_cast<long long>(sequences),
+                       static_cast<long long>(heads), static_cast<long long>(needed));
+}
+
+}  // namespace detail
+
 /// [batch, heads, capacity, head_dim]: every head has the same number of slots.
 template <class T>
 struct dense_layout {
@@ -103,10 +116,7 @@ struct ragged_layout {
   [[nodiscard]] status check() const noexcept {
     const index_t entries = sequences * heads_per_sequence + 1;
     const auto ll = [](index_t n) { return static_cast<long long>(n); };
-    if (offsets.extent(0) != entries) {
-      return status::error(errc::shape_mismatch, "ragged offsets have %lld entries, %lld sequences of %lld heads need %lld",
-                           ll(offsets.extent(0)), ll(sequences), ll(heads_per_sequence), ll(entries));
-    }
+    RESTKV_RETURN_IF_FAILED(detail::check_ragged_entries(offsets.extent(0), sequences, heads_per_sequence));
     for (index_t i = 0; i + 1 < entries; ++i) {
       if (offsets(i) < 0 || offsets(i + 1) < offsets(i)) {
         return status::error(errc::invalid_argument, "ragged offset %lld is %lld and the next is %lld: they must ascend",

@@ -65,8 +65,8 @@ template <std::size_t Count>
 
 /// True when two indices of a view may name the same memory, as a stride of 0 makes them. Exact for slices and
 /// transpositions of dense tensors; a view whose axes do not nest counts as overlapping.
-template <class T, std::size_t Rank>
-[[nodiscard]] constexpr bool may_overlap_itself(const tensor_view<T, Rank>& view) noexcept {
+template <class T, std::size_t Rank, memory_space Space>
+[[nodiscard]] constexpr bool may_overlap_itself(const tensor_view<T, Rank, Space>& view) noexcept {
   if (view.empty()) return false;
   std::array<detail::paired_axis, Rank> axes{};
   for (std::size_t axis = 0; axis < Rank; ++axis) {
@@ -77,8 +77,9 @@ template <class T, std::size_t Rank>
 
 /// True when two views may share a byte. Exact when their bounds are disjoint or when they have the same strides in
 /// bytes, up to sign, and nested axes (keys and values of one buffer); otherwise their bounds decide.
-template <class T, class U, std::size_t Rank>
-[[nodiscard]] bool may_overlap(const tensor_view<T, Rank>& first, const tensor_view<U, Rank>& second) noexcept {
+template <class T, class U, std::size_t Rank, memory_space Space>
+[[nodiscard]] bool may_overlap(const tensor_view<T, Rank, Space>& first,
+                               const tensor_view<U, Rank, Space>& second) noexcept {
   const byte_range a = touched_bytes(first);
   const byte_range b = touched_bytes(second);
   if (!a.overlaps(b)) return false;

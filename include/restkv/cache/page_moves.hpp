@@ -108,6 +108,13 @@ struct table_moves {
   }
 };
 
+/// That a kept set has one row for each KV head of the tables.
+[[nodiscard]] inline status check_heads_of_tables(index_t kept_heads, index_t heads) noexcept {
+  if (kept_heads == heads) return {};
+  return status::error(errc::unsupported, "the kept set has %lld heads, the tables have %lld: one set per KV head",
+                       static_cast<long long>(kept_heads), static_cast<long long>(heads));
+}
+
 /// That a kept set has one row for each KV head of the tables, and keeps only tokens that are there.
 [[nodiscard]] inline status check_kept_of_tables(const const_kept_tokens& kept, const const_page_tables& tables,
                                                  index_t heads_per_page) noexcept {
@@ -119,10 +126,7 @@ struct table_moves {
     for (index_t t = 0; t < tables.tables(); ++t) longest = std::max<index_t>(longest, tables.lengths(b, t));
   }
   RESTKV_RETURN_IF_FAILED(check_kept(kept, tables.batch(), heads, longest));
-  if (kept.heads() != heads) {
-    return status::error(errc::unsupported, "the kept set has %lld heads, the tables have %lld: one set per KV head",
-                         ll(kept.heads()), ll(heads));
-  }
+  RESTKV_RETURN_IF_FAILED(check_heads_of_tables(kept.heads(), heads));
   for (index_t b = 0; b < kept.batch(); ++b) {
     for (index_t h = 0; h < heads; ++h) {
       const index_t length = kept.lengths(b, h);

@@ -29,19 +29,19 @@ namespace restkv {
 ///
 /// A sequence has one table for all its KV heads, or one for each of them, or one for every few; see `paged_layout`.
 /// Entries behind the pages that a table's length needs are not looked at. Several tables may hold the same page.
-template <class Integer>
+template <class Integer, memory_space Space = memory_space::host>
 struct basic_page_tables {
-  tensor_view<Integer, 3> ids{};      ///< [batch, tables, most_pages], numbers of pages
-  tensor_view<Integer, 2> lengths{};  ///< [batch, tables], tokens
+  tensor_view<Integer, 3, Space> ids{};      ///< [batch, tables, most_pages], numbers of pages
+  tensor_view<Integer, 2, Space> lengths{};  ///< [batch, tables], tokens
 
   constexpr basic_page_tables() = default;
   /// A view of tables in memory of your own.
-  constexpr basic_page_tables(tensor_view<Integer, 3> pages, tensor_view<Integer, 2> tokens) noexcept
+  constexpr basic_page_tables(tensor_view<Integer, 3, Space> pages, tensor_view<Integer, 2, Space> tokens) noexcept
       : ids(pages), lengths(tokens) {}
   /// Tables that may be changed are tables that may be read.
   template <class U>
     requires std::is_same_v<const U, Integer>
-  constexpr basic_page_tables(const basic_page_tables<U>& other) noexcept  // NOLINT(google-explicit-constructor)
+  constexpr basic_page_tables(const basic_page_tables<U, Space>& other) noexcept  // NOLINT(google-explicit-constructor)
       : ids(other.ids), lengths(other.lengths) {}
 
   /// Sequences.
@@ -61,8 +61,9 @@ using page_tables = basic_page_tables<page_t>;
 /// Tables that are read.
 using const_page_tables = basic_page_tables<const page_t>;
 
-/// Checks that tables fit a pool: shapes, lengths that the entries suffice for, and pages within [0, pages).
-[[nodiscard]] inline status check_tables(const const_page_tables& tables, index_t pages, index_t page_size) noexcept {
+/// The part of `check_tables` that looks at shapes alone, for tables wherever they lie.
+template <class Integer, memory_space Space>
+[[nodiscard]] status check_table_shapes(const basic_page_tables<Integer, Space>& tables, index_t page_size) noexcept {
   const auto ll = [](index_t n) { return static_cast<long long>(n); };
   if (page_size < 1) {
     return status::error(errc::invalid_argument, "the page size is %lld tokens, must be at least 1", ll(page_size));
@@ -82,6 +83,15 @@ using const_page_tables = basic_page_tables<const page_t>;
                          lengths.data == nullptr ? "tables.lengths" : "tables.ids",
                          ll(lengths.data == nullptr ? lengths.size() : ids.size()));
   }
+  return {};
+}
+
+/// Checks that tables fit a pool: shapes, lengths that the entries suffice for, and pages within [0, pages).
+[[nodiscard]] inline status check_tables(const const_page_tables& tables, index_t pages, index_t page_size) noexcept {
+  const auto ll = [](index_t n) { return static_cast<long long>(n); };
+  RESTKV_RETURN_IF_FAILED(check_table_shapes(tables, page_size));
+  const auto& ids = tables.ids;
+  const auto& lengths = tables.lengths;
   for (index_t b = 0; b < tables.batch(); ++b) {
     for (index_t t = 0; t < tables.tables(); ++t) {
       const index_t length = lengths(b, t);
@@ -155,16 +165,20 @@ constexpr bool visit_pages(const const_page_tables& tables, index_t page_size, c
 /// the pages of the head's table hold, so set `tables.lengths` to the tokens that are to come (the longest head's) and
 /// fill in as many pages. `check()` then fails when a page occurs twice, and knows nothing of pages that tables
 /// elsewhere hold too: give it pages that you allocated for it.
-template <class T>
+///
+/// In memory of a device it is what kernels read and write; only its shapes can be checked there (`check_shapes`).
+template <class T, memory_space Space = memory_space::host>
 struct paged_layout {
-  using value_type = std::remove_const_t<T>;  ///< of keys or values
-  tensor_view<T, 4> pages{};                  ///< [pages, heads_per_page, page_size, head_dim]
-  const_page_tables tables{};                 ///< which pages hold which tokens
+  using value_type = std::remove_const_t<T>;        ///< of keys or values
+  tensor_view<T, 4, Space> pages{};                 ///< [pages, heads_per_page, page_size, head_dim]
+  basic_page_tables<const page_t, Space> tables{};  ///< which pages hold which tokens
 
   /// Tokens of a page.
   [[nodiscard]] constexpr index_t page_size() const noexcept { return pages.extent(2); }
   /// Tokens that a head's table says it has.
-  [[nodiscard]] constexpr index_t length(index_t b, index_t h) const noexcept {
+  [[nodiscard]] constexpr index_t length(index_t b, index_t h) const noexcept
+    requires(Space == memory_space::host)
+  {
     return tables.lengths(b, h / pages.extent(1));
   }
   ///@{
@@ -172,20 +186,22 @@ struct paged_layout {
   [[nodiscard]] constexpr index_t batch() const noexcept { return tables.batch(); }
   [[nodiscard]] constexpr index_t heads() const noexcept { return tables.tables() * pages.extent(1); }
   [[nodiscard]] constexpr index_t head_dim() const noexcept { return pages.extent(3); }
-  [[nodiscard]] constexpr index_t capacity(index_t b, index_t h) const noexcept {
+  [[nodiscard]] constexpr index_t capacity(index_t b, index_t h) const noexcept
+    requires(Space == memory_space::host)
+  {
     return pages_of(length(b, h), page_size()) * page_size();
   }
-  [[nodiscard]] constexpr tensor_view<T, 1> row(index_t b, index_t h, index_t slot) const noexcept {
+  [[nodiscard]] constexpr tensor_view<T, 1> row(index_t b, index_t h, index_t slot) const noexcept
+    requires(Space == memory_space::host)
+  {
     const index_t page = tables.ids(b, h / pages.extent(1), slot / page_size());
     return pages[page][h % pages.extent(1)][slot % page_size()];
   }
   [[nodiscard]] byte_range touched() const noexcept { return touched_bytes(pages); }
   ///@}
 
-  /// Fails on tables that do not fit the pool (`check_tables`), on a null pointer or a negative extent, and, where the
-  /// pages can be written, on a page that occurs twice, on pages that share memory, and on tables within the pages.
-  /// Cost: one look at each entry, twice for each 32768 pages of the pool.
-  [[nodiscard]] status check() const noexcept {
+  /// The part of `check` that looks at no entry of a table.
+  [[nodiscard]] status check_shapes() const noexcept {
     const auto ll = [](index_t n) { return static_cast<long long>(n); };
     for (std::size_t axis = 0; axis < 4; ++axis) {
       if (pages.extent(axis) >= 0) continue;
@@ -195,12 +211,8 @@ struct paged_layout {
     if (pages.data == nullptr && pages.size() > 0) {
       return status::error(errc::missing_input, "pages has a null pointer and %lld elements", ll(pages.size()));
     }
-    RESTKV_RETURN_IF_FAILED(check_tables(tables, pages.extent(0), page_size()));
+    RESTKV_RETURN_IF_FAILED(check_table_shapes(tables, page_size()));
     if constexpr (!std::is_const_v<T>) {
-      if (const page_t twice = detail::common_page(tables, nullptr, page_size(), pages.extent(0)); twice != no_page) {
-        return status::error(errc::aliasing, "page %lld of %lld occurs twice in the tables that are written to",
-                             ll(twice), ll(pages.extent(0)));
-      }
       if (may_overlap_itself(pages)) {
         return status::error(errc::aliasing, "pages overlaps itself: %lld pages of %lld tokens", ll(pages.extent(0)),
                              ll(page_size()));
@@ -209,6 +221,23 @@ struct paged_layout {
         return status::error(errc::aliasing,
                              "pages spans %lld bytes, and the %lld entries of the tables lie among them",
                              ll(touched().last - touched().first), ll(tables.ids.size()));
+      }
+    }
+    return {};
+  }
+
+  /// Fails on tables that do not fit the pool (`check_tables`), on a null pointer or a negative extent, and, where the
+  /// pages can be written, on a page that occurs twice, on pages that share memory, and on tables within the pages.
+  /// Cost: one look at each entry, twice for each 32768 pages of the pool.
+  [[nodiscard]] status check() const noexcept
+    requires(Space == memory_space::host)
+  {
+    RESTKV_RETURN_IF_FAILED(check_shapes());
+    RESTKV_RETURN_IF_FAILED(check_tables(tables, pages.extent(0), page_size()));
+    if constexpr (!std::is_const_v<T>) {
+      if (const page_t twice = detail::common_page(tables, nullptr, page_size(), pages.extent(0)); twice != no_page) {
+        return status::error(errc::aliasing, "page %lld of %lld occurs twice in the tables that are written to",
+                             static_cast<long long>(twice), static_cast<long long>(pages.extent(0)));
       }
     }
     return {};

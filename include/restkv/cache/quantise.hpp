@@ -18,8 +18,9 @@ namespace detail {
 
 /// `may_overlap` for tensors of different element sizes, whose rows of channels count as one element where they are
 /// contiguous: codes and scales that alternate in one buffer share no byte.
-template <class T, class U>
-[[nodiscard]] bool rows_may_overlap(const tensor_view<T, 4>& first, const tensor_view<U, 4>& second) noexcept {
+template <class T, class U, memory_space Space>
+[[nodiscard]] bool rows_may_overlap(const tensor_view<T, 4, Space>& first,
+                                    const tensor_view<U, 4, Space>& second) noexcept {
   const byte_range a = touched_bytes(first);
   const byte_range b = touched_bytes(second);
   if (!a.overlaps(b)) return false;
@@ -40,8 +41,8 @@ template <class T, class U>
 
 /// A quantised cache to be written: consistent, none of its parts the memory of another or of itself. A scale may lie
 /// behind the codes of its token, in one row of bytes.
-template <element Scale>
-[[nodiscard]] status check_quantised_output(const quantised_view<Scale>& out) noexcept {
+template <element Scale, memory_space Space>
+[[nodiscard]] status check_quantised_output(const quantised_view<Scale, Space>& out) noexcept {
   RESTKV_RETURN_IF_FAILED(out.check());
   RESTKV_RETURN_IF_FAILED(check_distinct("out.codes", out.codes));
   RESTKV_RETURN_IF_FAILED(check_distinct("out.scale", out.scale));
@@ -61,9 +62,9 @@ template <element Scale>
 }
 
 /// That no part of a quantised cache lies within some bytes.
-template <element Scale>
-[[nodiscard]] status check_quantised_apart(const char* name, const quantised_view<Scale>& cache, const char* other,
-                                           const byte_range& bytes) noexcept {
+template <element Scale, memory_space Space>
+[[nodiscard]] status check_quantised_apart(const char* name, const quantised_view<Scale, Space>& cache,
+                                           const char* other, const byte_range& bytes) noexcept {
   RESTKV_RETURN_IF_FAILED(check_disjoint(name, touched_bytes(cache.codes), other, bytes));
   RESTKV_RETURN_IF_FAILED(check_disjoint(name, touched_bytes(cache.scale), other, bytes));
   RESTKV_RETURN_IF_FAILED(check_disjoint(name, touched_bytes(cache.zero), other, bytes));

@@ -63,6 +63,51 @@ void gather_quantised_head(const const_kept_tokens& kept, const quantised_view<c
   }
 }
 
+/// What `gather_tokens` of quantised caches asks of their shapes and memory, wherever these lie.
+template <class Position, element Scale, memory_space Space>
+[[nodiscard]] status check_quantised_gather(const basic_kept_tokens<Position, Space>& kept,
+                                            const quantised_view<const Scale, Space>& in,
+                                            const quantised_view<Scale, Space>& out) noexcept {
+  RESTKV_RETURN_IF_FAILED(in.check());
+  RESTKV_RETURN_IF_FAILED(check_quantised_output(out));
+  RESTKV_RETURN_IF_FAILED(check_kept_memory(kept));
+  RESTKV_RETURN_IF_FAILED(check_kept_shape(kept, in.batch(), in.heads()));
+  RESTKV_RETURN_IF_FAILED(check_equal("out", "sequences", out.batch(), "the kept set", kept.batch()));
+  RESTKV_RETURN_IF_FAILED(check_equal("out", "heads", out.heads(), "the kept set", kept.heads()));
+  RESTKV_RETURN_IF_FAILED(check_equal("out", "channels", out.channels, "source", in.channels));
+  RESTKV_RETURN_IF_FAILED(check_equal("out", "tokens per group", out.tokens_per_group, "source", in.tokens_per_group));
+  RESTKV_RETURN_IF_FAILED(
+      check_equal("out", "channels per group", out.channels_per_group, "source", in.channels_per_group));
+  if (out.format.bits != in.format.bits || out.format.is_signed != in.format.is_signed || out.kind() != in.kind()) {
+    return status::error(errc::shape_mismatch,
+                         "out has codes of %d bits from %d and parameters of kind %d, source of %d from %d and kind %d",
+                         out.format.bits, out.format.lowest(), static_cast<int>(out.kind()), in.format.bits,
+                         in.format.lowest(), static_cast<int>(in.kind()));
+  }
+  const auto apart = [&](const char* name, const byte_range& bytes) {
+    return check_quantised_apart("out", out, name, bytes);
+  };
+  RESTKV_RETURN_IF_FAILED(apart("source.codes", touched_bytes(in.codes)));
+  RESTKV_RETURN_IF_FAILED(apart("source.scale", touched_bytes(in.scale)));
+  RESTKV_RETURN_IF_FAILED(apart("source.zero", touched_bytes(in.zero)));
+  RESTKV_RETURN_IF_FAILED(apart("source.offset", touched_bytes(in.offset)));
+  RESTKV_RETURN_IF_FAILED(apart("kept.positions", touched_bytes(kept.positions)));
+  return apart("kept.lengths", touched_bytes(kept.lengths));
+}
+
+/// What `compact_in_place` of quantised caches asks of their shapes and memory, wherever these lie.
+template <class Position, element Scale, memory_space Space>
+[[nodiscard]] status check_quantised_in_place(const basic_kept_tokens<Position, Space>& kept,
+                                              const quantised_view<Scale, Space>& cache) noexcept {
+  RESTKV_RETURN_IF_FAILED(check_quantised_output(cache));
+  RESTKV_RETURN_IF_FAILED(check_kept_memory(kept));
+  RESTKV_RETURN_IF_FAILED(check_kept_shape(kept, cache.batch(), cache.heads()));
+  RESTKV_RETURN_IF_FAILED(check_one_set(kept.heads(), "the cache", cache.heads()));
+  const auto positions = touched_bytes(kept.positions);
+  RESTKV_RETURN_IF_FAILED(check_quantised_apart("the cache", cache, "kept.positions", positions));
+  return check_quantised_apart("the cache", cache, "kept.lengths", touched_bytes(kept.lengths));
+}
+
 }  // namespace detail
 
 /// Copies kept tokens of a quantised cache: slot i of head h of `out` becomes token kept.positions(b, h, i) of head
@@ -82,23 +127,8 @@ template <element Scale, element OutScale, parallel_loop ParallelFor = serial_fo
                                    const quantised_view<OutScale>& out, const ParallelFor& parallel_for = {}) {
   const auto ll = [](index_t n) { return static_cast<long long>(n); };
   const quantised_view<const OutScale> in = source;
-  RESTKV_RETURN_IF_FAILED(in.check());
-  RESTKV_RETURN_IF_FAILED(detail::check_quantised_output(out));
-  RESTKV_RETURN_IF_FAILED(detail::check_kept_memory(kept));
+  RESTKV_RETURN_IF_FAILED(detail::check_quantised_gather(kept, in, out));
   RESTKV_RETURN_IF_FAILED(check_kept(kept, in.batch(), in.heads(), in.tokens));
-  RESTKV_RETURN_IF_FAILED(detail::check_equal("out", "sequences", out.batch(), "the kept set", kept.batch()));
-  RESTKV_RETURN_IF_FAILED(detail::check_equal("out", "heads", out.heads(), "the kept set", kept.heads()));
-  RESTKV_RETURN_IF_FAILED(detail::check_equal("out", "channels", out.channels, "source", in.channels));
-  RESTKV_RETURN_IF_FAILED(
-      detail::check_equal("out", "tokens per group", out.tokens_per_group, "source", in.tokens_per_group));
-  RESTKV_RETURN_IF_FAILED(
-      detail::check_equal("out", "channels per group", out.channels_per_group, "source", in.channels_per_group));
-  if (out.format.bits != in.format.bits || out.format.is_signed != in.format.is_signed || out.kind() != in.kind()) {
-    return status::error(errc::shape_mismatch,
-                         "out has codes of %d bits from %d and parameters of kind %d, source of %d from %d and kind %d",
-                         out.format.bits, out.format.lowest(), static_cast<int>(out.kind()), in.format.bits,
-                         in.format.lowest(), static_cast<int>(in.kind()));
-  }
   for (index_t b = 0; b < kept.batch(); ++b) {
     for (index_t h = 0; h < kept.heads(); ++h) {
       if (kept.lengths(b, h) <= out.tokens) continue;
@@ -106,15 +136,6 @@ template <element Scale, element OutScale, parallel_loop ParallelFor = serial_fo
                            ll(h), ll(b), ll(kept.lengths(b, h)), ll(out.tokens));
     }
   }
-  const auto apart = [&](const char* name, const byte_range& bytes) {
-    return detail::check_quantised_apart("out", out, name, bytes);
-  };
-  RESTKV_RETURN_IF_FAILED(apart("source.codes", touched_bytes(in.codes)));
-  RESTKV_RETURN_IF_FAILED(apart("source.scale", touched_bytes(in.scale)));
-  RESTKV_RETURN_IF_FAILED(apart("source.zero", touched_bytes(in.zero)));
-  RESTKV_RETURN_IF_FAILED(apart("source.offset", touched_bytes(in.offset)));
-  RESTKV_RETURN_IF_FAILED(apart("kept.positions", touched_bytes(kept.positions)));
-  RESTKV_RETURN_IF_FAILED(apart("kept.lengths", touched_bytes(kept.lengths)));
   parallel_for(kept.batch() * kept.heads(),
                [&](index_t row) { detail::gather_quantised_head<OutScale>(kept, in, out, row); });
   return {};
@@ -128,18 +149,8 @@ template <element Scale, parallel_loop ParallelFor = serial_for>
   requires(!std::is_const_v<Scale>)
 [[nodiscard]] status compact_in_place(const const_kept_tokens& kept, const quantised_view<Scale>& cache,
                                       const ParallelFor& parallel_for = {}) {
-  RESTKV_RETURN_IF_FAILED(detail::check_quantised_output(cache));
-  RESTKV_RETURN_IF_FAILED(detail::check_kept_memory(kept));
+  RESTKV_RETURN_IF_FAILED(detail::check_quantised_in_place(kept, cache));
   RESTKV_RETURN_IF_FAILED(check_kept(kept, cache.batch(), cache.heads(), cache.tokens));
-  if (kept.heads() != cache.heads()) {
-    return status::error(errc::unsupported,
-                         "the kept set has %lld heads, the cache has %lld: in place needs one set per KV head",
-                         static_cast<long long>(kept.heads()), static_cast<long long>(cache.heads()));
-  }
-  const auto positions = touched_bytes(kept.positions);
-  RESTKV_RETURN_IF_FAILED(detail::check_quantised_apart("the cache", cache, "kept.positions", positions));
-  RESTKV_RETURN_IF_FAILED(
-      detail::check_quantised_apart("the cache", cache, "kept.lengths", touched_bytes(kept.lengths)));
   const quantised_view<const Scale> in = cache;
   parallel_for(kept.batch() * kept.heads(),
                [&](index_t row) { detail::gather_quantised_head<Scale>(kept, in, cache, row); });

@@ -23,27 +23,27 @@ namespace restkv {
 ///
 /// Scale: float, half, bfloat16 or double, const for a cache that is only read. A missing `zero` or `offset` is 0; a
 /// cache has one of them at most. Strides of 0 repeat a scale, in a cache that is only read.
-template <class Scale>
+template <class Scale, memory_space Space = memory_space::host>
   requires element<Scale>
 struct quantised_view {
   using scale_type = std::remove_const_t<Scale>;  ///< of scales, zero points and offsets
   /// const where the scales are
   using byte_type = std::conditional_t<std::is_const_v<Scale>, const std::uint8_t, std::uint8_t>;
 
-  tensor_view<byte_type, 4> codes{};  ///< [batch, heads, tokens, channels], the packed axis in bytes
-  tensor_view<Scale, 4> scale{};      ///< [batch, heads, token groups, channel groups]
-  tensor_view<Scale, 4> zero{};       ///< the same; optional
-  tensor_view<Scale, 4> offset{};     ///< the same; optional
-  index_t tokens = 0;                 ///< tokens of the cache
-  index_t channels = 0;               ///< channels of a token
-  index_t tokens_per_group = 1;       ///< 1: each token has parameters of its own
-  index_t channels_per_group = 1;     ///< `channels`: all channels share them
-  code_format format{};               ///< how codes lie in bytes
+  tensor_view<byte_type, 4, Space> codes{};  ///< [batch, heads, tokens, channels], the packed axis in bytes
+  tensor_view<Scale, 4, Space> scale{};      ///< [batch, heads, token groups, channel groups]
+  tensor_view<Scale, 4, Space> zero{};       ///< the same; optional
+  tensor_view<Scale, 4, Space> offset{};     ///< the same; optional
+  index_t tokens = 0;                        ///< tokens of the cache
+  index_t channels = 0;                      ///< channels of a token
+  index_t tokens_per_group = 1;              ///< 1: each token has parameters of its own
+  index_t channels_per_group = 1;            ///< `channels`: all channels share them
+  code_format format{};                      ///< how codes lie in bytes
 
   /// A cache that may be written is one that may be read.
-  constexpr operator quantised_view<const Scale>() const noexcept  // NOLINT(google-explicit-constructor)
-    requires(!std::is_const_v<Scale>)
-  {
+  template <class Other>
+    requires(!std::is_const_v<Scale> && std::is_same_v<Other, quantised_view<const Scale, Space>>)
+  constexpr operator Other() const noexcept {  // NOLINT(google-explicit-constructor)
     return {codes, scale, zero, offset, tokens, channels, tokens_per_group, channels_per_group, format};
   }
 
@@ -134,7 +134,7 @@ struct quantised_view {
     return count / of + (count % of != 0 ? 1 : 0);
   }
   template <class U>
-  [[nodiscard]] status check_shape(const char* name, const tensor_view<U, 4>& view, index_t third,
+  [[nodiscard]] status check_shape(const char* name, const tensor_view<U, 4, Space>& view, index_t third,
                                    index_t fourth) const noexcept {
     RESTKV_RETURN_IF_FAILED(detail::check_view(name, view));
     RESTKV_RETURN_IF_FAILED(detail::check_equal(name, "sequences", view.extent(0), "codes", batch()));

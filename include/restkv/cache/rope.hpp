@@ -246,6 +246,22 @@ RESTKV_HD void rotate_pair(T& first, T& second, Real cosine, Real sine) noexcept
   second = narrow<T>(x * sine + y * cosine);
 }
 
+/// That there are frequencies, and at most one for every two channels.
+[[nodiscard]] inline status check_frequency_count(std::size_t pairs, index_t channels) noexcept {
+  if (pairs > 0 && pairs <= static_cast<std::size_t>(channels / 2)) return {};
+  return status::error(errc::shape_mismatch, "frequencies has %zu entries, must be within [1, %lld] for %lld channels",
+                       pairs, static_cast<long long>(channels / 2), static_cast<long long>(channels));
+}
+
+[[nodiscard]] inline status check_frequencies_finite(std::span<const double> frequencies) noexcept {
+  for (std::size_t i = 0; i < frequencies.size(); ++i) {
+    if (std::isfinite(frequencies[i])) continue;
+    return status::error(errc::invalid_argument, "frequency %zu of %zu is %g, must be finite", i, frequencies.size(),
+                         frequencies[i]);
+  }
+  return {};
+}
+
 /// Rotates the keys of one head, number b * heads + h. All checks have been made. Pairs are taken in blocks whose
 /// cosines and sines fit the stack; neighbouring slots that move equally far share them.
 template <cache_layout Layout, new_position NewPosition>
@@ -315,25 +331,13 @@ template <cache_layout Layout, new_position NewPosition = slot_position, paralle
                                  rotary_pairs pairing = rotary_pairs::half_split, const NewPosition& position = {},
                                  const ParallelFor& parallel_for = {}) {
   RESTKV_RETURN_IF_FAILED(detail::check_kept_memory(old));
-  RESTKV_RETURN_IF_FAILED(detail::check_equal("kept.positions", "sequences", old.positions.extent(0), "kept.lengths",
-                                              old.lengths.extent(0)));
-  RESTKV_RETURN_IF_FAILED(
-      detail::check_equal("kept.positions", "heads", old.positions.extent(1), "kept.lengths", old.lengths.extent(1)));
+  RESTKV_RETURN_IF_FAILED(detail::check_kept_arrays(old));
   RESTKV_RETURN_IF_FAILED(detail::check_lengths(old));
   RESTKV_RETURN_IF_FAILED(detail::check_room(old, "keys", keys));
   const tensor_view<const double, 1> table(frequencies.data(), {static_cast<index_t>(frequencies.size())});
   RESTKV_RETURN_IF_FAILED(detail::check_disjoint("keys", keys.touched(), "frequencies", touched_bytes(table)));
-  if (frequencies.empty() || 2 * table.extent(0) > keys.head_dim()) {
-    return status::error(errc::shape_mismatch,
-                         "frequencies has %zu entries, must be within [1, %lld] for %lld channels", frequencies.size(),
-                         static_cast<long long>(keys.head_dim() / 2), static_cast<long long>(keys.head_dim()));
-  }
-  for (index_t i = 0; i < table.extent(0); ++i) {
-    if (!std::isfinite(table(i))) {
-      return status::error(errc::invalid_argument, "frequency %lld of %lld is %g, must be finite",
-                           static_cast<long long>(i), static_cast<long long>(table.extent(0)), table(i));
-    }
-  }
+  RESTKV_RETURN_IF_FAILED(detail::check_frequency_count(frequencies.size(), keys.head_dim()));
+  RESTKV_RETURN_IF_FAILED(detail::check_frequencies_finite(frequencies));
   parallel_for(old.batch() * old.heads(),
                [&](index_t row) { detail::rotate_head(old, keys, frequencies, pairing, position, row); });
   return {};

@@ -55,10 +55,10 @@ using device_kept_tokens = basic_kept_tokens<position_t, memory_space::device>;
 using const_device_kept_tokens = basic_kept_tokens<const position_t, memory_space::device>;
 ///@}
 
-/// Checks that a kept set can be applied to a cache of `tokens` tokens: ascending, unique, in range, and one row per
-/// KV head or per query head (`heads` a multiple of `kv_heads`).
-[[nodiscard]] inline status check_kept(const const_kept_tokens& kept, index_t batch, index_t kv_heads,
-                                       index_t tokens) noexcept {
+/// The part of `check_kept` that looks at shapes alone, for a set wherever it lies.
+template <class Position, memory_space Space>
+[[nodiscard]] status check_kept_shape(const basic_kept_tokens<Position, Space>& kept, index_t batch,
+                                      index_t kv_heads) noexcept {
   const auto ll = [](index_t n) { return static_cast<long long>(n); };
   if (kept.positions.extent(0) != kept.batch() || kept.positions.extent(1) != kept.heads()) {
     return status::error(errc::shape_mismatch, "kept.positions is [%lld, %lld, ...], kept.lengths is [%lld, %lld]",
@@ -74,6 +74,15 @@ using const_device_kept_tokens = basic_kept_tokens<const position_t, memory_spac
                          "the kept set has %lld heads, the cache has %lld: a multiple of the cache's heads is needed",
                          ll(kept.heads()), ll(kv_heads));
   }
+  return {};
+}
+
+/// Checks that a kept set can be applied to a cache of `tokens` tokens: ascending, unique, in range, and one row per
+/// KV head or per query head (`heads` a multiple of `kv_heads`).
+[[nodiscard]] inline status check_kept(const const_kept_tokens& kept, index_t batch, index_t kv_heads,
+                                       index_t tokens) noexcept {
+  const auto ll = [](index_t n) { return static_cast<long long>(n); };
+  RESTKV_RETURN_IF_FAILED(check_kept_shape(kept, batch, kv_heads));
   for (index_t b = 0; b < kept.batch(); ++b) {
     for (index_t h = 0; h < kept.heads(); ++h) {
       const index_t length = kept.lengths(b, h);

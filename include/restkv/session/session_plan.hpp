@@ -153,6 +153,19 @@ template <class SessionPolicy>
   return {};
 }
 
+/// Units with a protected token, wherever the sequence ends; 0 where units are tokens.
+template <class Policy>
+[[nodiscard]] constexpr index_t protected_units(const Policy& policy) noexcept {
+  const index_t unit = policy.granularity.tokens;
+  return unit == 1 ? 0 : (policy.protect.sink + unit - 1) / unit + (policy.recent() + unit - 1) / unit + 1;
+}
+
+/// Tokens that the heads have after an eviction, on average.
+template <class Policy>
+[[nodiscard]] index_t tokens_after_eviction(const Policy& policy, const budget_problem& problem) noexcept {
+  return std::max(policy.budget.tokens_per_head(problem), protected_units(policy)) * policy.granularity.tokens;
+}
+
 /// Tokens of a head that the session must hold: the mark where all heads have the same, or as many as heads that
 /// compete can give to one.
 template <class Policy>
@@ -161,24 +174,20 @@ template <class Policy>
   const auto ll = [](index_t n) { return static_cast<long long>(n); };
   const index_t unit = policy.granularity.tokens;
   const index_t rows = policy.granularity.shared ? 1 : shape.kv_heads;
-  // Units with a protected token, wherever the sequence ends.
-  const index_t ends =
-      unit == 1 ? 0 : (policy.protect.sink + unit - 1) / unit + (policy.recent() + unit - 1) / unit + 1;
-  const auto tokens_of = [&](const budget_problem& problem) {
-    return std::max(policy.budget.tokens_per_head(problem), ends) * unit;
-  };
   budget_problem problem = budget_of_span(policy, shape, rows, high_water);
   if (rows > 1 && policy.budget.most_per_head(problem) > policy.budget.tokens_per_head(problem)) {
     problem = budget_of_span(policy, shape, rows, shape.kv_heads * high_water);
   }
-  const index_t budget = tokens_of(problem);
+  const index_t budget = tokens_after_eviction(policy, problem);
   if (budget >= high_water) {
     return status::error(errc::invalid_argument,
                          "high_water is %lld tokens, layer %lld keeps %lld at an eviction: the mark must be above",
                          ll(high_water), ll(shape.layer), ll(budget));
   }
   const index_t most =
-      std::max(std::min(problem.length, policy.budget.most_per_head(problem) + (unit == 1 ? 0 : 1)), ends) * unit;
+      std::max(std::min(problem.length, policy.budget.most_per_head(problem) + (unit == 1 ? 0 : 1)),
+               protected_units(policy)) *
+      unit;
   capacity = std::max({capacity, high_water, most + high_water - budget});
   return {};
 }

@@ -95,8 +95,8 @@ template <class T>
   rows.heads = layout.heads_per_sequence;
   return rows;
 }
-template <class T>
-[[nodiscard]] token_rows rows_of(const paged_layout<T>& layout) noexcept {
+template <class T, memory_space S>
+[[nodiscard]] token_rows rows_of(const paged_layout<T, S>& layout) noexcept {
   token_rows rows = rows_of(layout.pages);
   const auto& ids = layout.tables.ids;
   rows.ids = ids.data;

@@ -15,15 +15,15 @@ namespace restkv::kernel {
 /// The tokens of groups along the token axis, see `restkv::gather_tokens` of quantised caches. Items: [rows of the kept
 /// set, parts of the slots, ranges of channels], `threads` of them a block. An item has whole groups of channels and
 /// whole bytes, and walks its slots as the host does, so it meets no other, in place neither.
-template <element Scale>
+template <element Scale, memory_space S>
 struct gather_quantised {
   static constexpr int threads = 128;
   struct shared {};
 
   kept_rows kept;
-  index_t group;             ///< rows of the kept set for a head of the source
-  quantised_view<Scale> in;  ///< only read, where it is not `out`
-  quantised_view<Scale> out;
+  index_t group;                ///< rows of the kept set for a head of the source
+  quantised_view<Scale, S> in;  ///< only read, where it is not `out`
+  quantised_view<Scale, S> out;
   index_t channels_of_item;
   index_t ranges;  ///< of channels
   index_t slots_of_part;
@@ -134,10 +134,10 @@ struct gather_quantised {
 
 /// Copies kept tokens of a quantised cache, or, where `out` is the source itself, moves them to the front of their
 /// heads: see `restkv::gather_tokens` and `restkv::compact_in_place` of quantised caches; what those check has been
-/// checked. The views' pointers are the executor's memory.
-template <element Scale, class Executor>
-void gather_codes(Executor& executor, const kept_rows& kept, index_t group, const quantised_view<Scale>& in,
-                  const quantised_view<Scale>& out) {
+/// checked.
+template <element Scale, class Executor, memory_space S>
+void gather_codes(Executor& executor, const kept_rows& kept, index_t group, const quantised_view<Scale, S>& in,
+                  const quantised_view<Scale, S>& out) {
   if (kept.count() <= 0 || kept.capacity <= 0 || in.channels <= 0) return;
   const bool in_place = out.codes.data == in.codes.data;
   const auto along_channels = [](const code_format& format) {
@@ -163,7 +163,7 @@ void gather_codes(Executor& executor, const kept_rows& kept, index_t group, cons
   const index_t ranges = (in.channels + of_item - 1) / of_item;
   const index_t slots_of_part = in_place ? kept.capacity : std::lcm(in.tokens_per_group, shares_tokens ? count : 1);
   const index_t parts = (kept.capacity + slots_of_part - 1) / slots_of_part;
-  using body = gather_quantised<Scale>;
+  using body = gather_quantised<Scale, S>;
   const index_t items = kept.count() * parts * ranges;
   executor.launch(body{kept, group, in, out, of_item, ranges, slots_of_part, parts},
                   (items + body::threads - 1) / body::threads);
