@@ -16,6 +16,7 @@ namespace restkv {
 namespace detail {
 template <class Backend, element T>
 class error_computation;
+struct output_error_reader;
 }  // namespace detail
 
 /// What a kept set does to one query head, over all rows of all sequences.
@@ -140,6 +141,7 @@ class output_errors {
  private:
   template <class Backend, element T>
   friend class detail::error_computation;
+  friend struct detail::output_error_reader;
 
   enum head_entry { error, output_norm, predicted, mass, projected_error, projected_predicted, head_entries };
   enum layer_entry { layer_error, layer_norm, predicted_sum, layer_entries };

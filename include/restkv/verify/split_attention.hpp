@@ -6,6 +6,7 @@
 
 #include <restkv/core/layer.hpp>
 #include <restkv/selection/kept_tokens.hpp>
+#include <restkv/verify/attention_split.hpp>
 
 #include <cmath>
 #include <limits>
@@ -42,26 +43,6 @@ inline void add_rows(const double* x, const double* rows, index_t stride, index_
   double sum = 0;
   for (index_t c = 0; c < channels; ++c) sum += x[c] * x[c];
   return sum;
-}
-
-/// sum_n e^(s_n - largest) over some tokens; sum is 0 where there are none. Two masses are compared without ever
-/// leaving the range of double, however far their logits lie apart.
-struct attention_mass {
-  double largest = -std::numeric_limits<double>::infinity();
-  double sum = 0;
-};
-
-[[nodiscard]] inline attention_mass join(const attention_mass& a, const attention_mass& b) noexcept {
-  if (a.sum == 0) return b;
-  if (b.sum == 0) return a;
-  const double largest = std::max(a.largest, b.largest);
-  return {largest, a.sum * std::exp(a.largest - largest) + b.sum * std::exp(b.largest - largest)};
-}
-
-/// a / (a + b): the attention of the tokens of `a` among those of both. 0 where `a` has none.
-[[nodiscard]] inline double share(const attention_mass& a, const attention_mass& b) noexcept {
-  if (a.sum == 0) return 0;
-  return a.sum * std::exp(a.largest - join(a, b).largest) / join(a, b).sum;
 }
 
 /// W[h]^T W[h] of one head, dense, and folded into its lower triangle so that x^T G x takes half the multiplications.
@@ -165,12 +146,9 @@ class split_attention {
 
  private:
   /// The masses of one query.
-  struct split {
-    attention_mass kept;
-    attention_mass top;     ///< the evicted token with the largest logit
-    attention_mass others;  ///< the rest of the evicted ones
+  struct split : split_masses {
     index_t top_entry = -1;
-    double other_scale = 0;  ///< attention of an other evicted token, per unit of its weight
+    double other_scale = 0;  ///< as in split_shares
     double output_square = 0;
     double gram_output_square = 0;
   };
@@ -247,11 +225,8 @@ class split_attention {
         tile_products(queries_ + i * width_, channels_, tile_dots_);
         double* const logits = weights(i) + first;
         for (index_t j = 0; j < count; ++j) {
-          // As in the reference: a logit that is not a number counts as the lowest.
-          constexpr double most = std::numeric_limits<double>::max();
-          const double logit = std::isnan(tile_dots_[j]) ? -most : std::clamp(tile_dots_[j] / root, -most, most);
           const bool seen = positions_[static_cast<std::size_t>(first + j)] < visible(i);
-          logits[j] = seen ? logit : -std::numeric_limits<double>::infinity();
+          logits[j] = seen ? verified_logit(tile_dots_[j], root) : -std::numeric_limits<double>::infinity();
         }
       }
     }
@@ -281,7 +256,6 @@ class split_attention {
     }
     if (s.top_entry >= 0) logits[s.top_entry] = -std::numeric_limits<double>::infinity();
     s.others = softmax(logits, kept_count_, span_.length);
-    s.other_scale = share(s.others, join(s.kept, s.top)) / std::max(s.others.sum, 1.0);
     return s;
   }
 
@@ -321,32 +295,26 @@ class split_attention {
     if (s.top_entry >= 0) {
       read_tokens(p_.layer->value, s.top_entry, 1, [&](index_t, index_t c, double x) { tile_rows_[c] = x; });
     }
-    const attention_mass evicted = join(s.top, s.others);
-    const double evicted_share = share(evicted, s.kept);
-    const double kept_share = share(s.kept, evicted);
-    const double top_of_evicted = share(s.top, s.others);
-    const double others_of_evicted = share(s.others, s.top);
-    const double kept_of_rest = share(s.kept, s.others);
-    const double others_of_rest = share(s.others, s.kept);
+    const split_shares shares(s);
+    s.other_scale = shares.other_scale;
     for (index_t c = 0; c < width_; ++c) {
-      const double evicted_mean = top_of_evicted * tile_rows_[c] + others_of_evicted * others[c];
-      change[c] = evicted_share * (kept[c] - evicted_mean);
-      output[c] = kept_share * kept[c] + evicted_share * evicted_mean;
-      top_difference[c] = kept_of_rest * kept[c] + others_of_rest * others[c] - tile_rows_[c];
+      const auto channel = shares.of(kept[c], tile_rows_[c], others[c]);
+      change[c] = channel.change;
+      output[c] = channel.output;
+      top_difference[c] = channel.top_difference;
     }
     s.output_square = squared_norm(output, channels_);
     r_.error[i] = std::sqrt(squared_norm(change, channels_));
     r_.output_norm[i] = std::sqrt(s.output_square);
-    r_.evicted_mass[i] = evicted_share;
-    const double top_share = share(s.top, join(s.kept, s.others));
-    r_.predicted[i] = top_share * std::sqrt(squared_norm(top_difference, channels_));
+    r_.evicted_mass[i] = shares.evicted;
+    r_.predicted[i] = shares.top * std::sqrt(squared_norm(top_difference, channels_));
     if (p_.gram.full == nullptr) return;
     double* const through_gram = gram_output_ + i * width_;
     for (index_t c = 0; c < width_; c += verify_lanes) {
       add_rows(output, p_.gram.full + c, width_, channels_, through_gram + c);
     }
     s.gram_output_square = p_.gram(output, channels_);
-    r_.projected_predicted[i] = top_share * std::sqrt(p_.gram(top_difference, channels_));
+    r_.projected_predicted[i] = shares.top * std::sqrt(p_.gram(top_difference, channels_));
   }
 
   /// Adds the single deletions of the other evicted tokens. ||o - v||^2 = o.o - 2 o.v + v.v needs one product a token
