@@ -36,6 +36,14 @@ class device_layer {
     RESTKV_RETURN_IF_FAILED(copy_tensor(host.query, query_, view_.query));
     RESTKV_RETURN_IF_FAILED(copy_tensor(host.key.chunk(0), key_, view_.key));
     RESTKV_RETURN_IF_FAILED(copy_tensor(host.value.chunk(0), value_, view_.value));
+    if (host.projection.data != nullptr) {
+      const index_t rows = host.projection.extent(0);
+      const index_t columns = host.projection.extent(1);
+      std::vector<T> dense;
+      for (index_t i = 0; i < rows * columns; ++i) dense.push_back(host.projection(i / columns, i % columns));
+      RESTKV_RETURN_IF_FAILED(projection_.assign(dense));
+      view_.projection = tensor_view<const T, 2, memory_space::device>(projection_.data(), {rows, columns});
+    }
     if (!host.metric.missing()) {
       RESTKV_RETURN_IF_FAILED(metric_.assign(host.metric));
       view_.metric = metric_.view();
@@ -52,6 +60,7 @@ class device_layer {
   device_buffer<T> query_;
   device_buffer<T> key_;
   device_buffer<T> value_;
+  device_buffer<T> projection_;
   device_output_metric metric_;
   layer_view<T, memory_space::device> view_;
 };
@@ -72,6 +81,38 @@ class stream {
   cudaError_t made_;
 };
 
+/// A backend on a stream, set to prune selections of any length where it can.
+template <class Backend>
+[[nodiscard]] Backend backend_on(cudaStream_t stream) {
+  if constexpr (requires(const Backend& made) { made.tuning().least_pruned_tokens; }) {
+    auto tuning = Backend(stream).tuning();
+    tuning.least_pruned_tokens = 0;
+    return Backend(typename Backend::executor_type(stream), tuning);
+  } else {
+    return Backend(stream);
+  }
+}
+
+/// Captures what `enqueue()` puts on a stream in a graph, where nothing runs yet, and launches that twice.
+template <class Enqueue>
+[[nodiscard]] status run_in_graph(cudaStream_t stream, const Enqueue& enqueue) {
+  cudaGraph_t graph = nullptr;
+  cudaGraphExec_t executable = nullptr;
+  RESTKV_RETURN_IF_FAILED(
+      cuda_status("begin of a capture", cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal)));
+  const status enqueued = enqueue();
+  RESTKV_RETURN_IF_FAILED(cuda_status("end of a capture", cudaStreamEndCapture(stream, &graph)));
+  RESTKV_RETURN_IF_FAILED(enqueued);
+  RESTKV_RETURN_IF_FAILED(cuda_status("instantiation of a graph", cudaGraphInstantiate(&executable, graph)));
+  status launched;
+  for (int i = 0; i < 2 && launched.ok(); ++i) {
+    launched = cuda_status("launch of a graph", cudaGraphLaunch(executable, stream));
+  }
+  cudaGraphExecDestroy(executable);
+  cudaGraphDestroy(graph);
+  return launched;
+}
+
 constexpr index_t guard_bytes = 4096;
 constexpr unsigned char guard_value = 0x5a;
 
@@ -84,7 +125,7 @@ class device_task {
 
   [[nodiscard]] status prepare(bool with_details) {
     RESTKV_RETURN_IF_FAILED(stream_.check());
-    backend_ = std::make_unique<Backend>(stream_.get());
+    backend_ = std::make_unique<Backend>(backend_on<Backend>(stream_.get()));
     const std::vector<unsigned char> pattern(static_cast<std::size_t>(bytes() + 2 * guard_bytes), guard_value);
     RESTKV_RETURN_IF_FAILED(memory_.assign(pattern));
     const index_t rows = plan_.shape.batch * plan_.heads;
@@ -103,23 +144,9 @@ class device_task {
     return select(*backend_, plan_, layer_, workspace(memory_.data() + guard_bytes, static_cast<std::size_t>(bytes())),
                   kept_, with_details_ ? &details_ : nullptr);
   }
-  /// The same by a graph: nothing runs while it is captured.
+  /// The same by a graph.
   [[nodiscard]] status replay() {
-    cudaGraph_t graph = nullptr;
-    cudaGraphExec_t executable = nullptr;
-    RESTKV_RETURN_IF_FAILED(
-        cuda_status("begin of a capture", cudaStreamBeginCapture(stream_.get(), cudaStreamCaptureModeThreadLocal)));
-    const status enqueued = enqueue();
-    RESTKV_RETURN_IF_FAILED(cuda_status("end of a capture", cudaStreamEndCapture(stream_.get(), &graph)));
-    RESTKV_RETURN_IF_FAILED(enqueued);
-    RESTKV_RETURN_IF_FAILED(cuda_status("instantiation of a graph", cudaGraphInstantiate(&executable, graph)));
-    status launched;
-    for (int i = 0; i < 2 && launched.ok(); ++i) {
-      launched = cuda_status("launch of a graph", cudaGraphLaunch(executable, stream_.get()));
-    }
-    cudaGraphExecDestroy(executable);
-    cudaGraphDestroy(graph);
-    return launched;
+    return run_in_graph(stream_.get(), [this] { return enqueue(); });
   }
   [[nodiscard]] status finish(selection_outcome<float>& outcome) {
     RESTKV_RETURN_IF_FAILED(cuda_status("synchronisation", cudaStreamSynchronize(stream_.get())));
@@ -178,7 +205,7 @@ class device_task {
 template <class Backend, class Policy, element T>
 status run_on(const Policy& policy, const layer_view<T>& host, const device_run& how,
               selection_outcome<float>& outcome) {
-  Backend planner(nullptr);
+  auto planner = backend_on<Backend>(nullptr);
   plan<Policy> made;
   RESTKV_RETURN_IF_FAILED(make_plan(planner, policy, shape_of(host), made));
   device_layer<T> layer;

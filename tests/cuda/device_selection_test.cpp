@@ -133,6 +133,7 @@ TEMPLATE_TEST_CASE("the device chooses what the CPU chooses from the same scores
     const random_layer<TestType> layer(random, recipe);
     CAPTURE(turn, recipe.tokens, recipe.head_dim, recipe.group);
     compare_policies(layer.view(), recipe.tokens / 3 + 25, {.with_details = true});
+    compare_policies(layer.view(), recipe.tokens / 3 + 25, {.with_details = false});  // pruned
   }
 }
 

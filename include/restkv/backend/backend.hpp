@@ -112,6 +112,16 @@ concept tensor_backend = detail::has_floating_score_type<B> &&
                          detail::has_scratch<B> && detail::has_scratch_with_drift<B> && detail::has_token_scores<B> &&
                          detail::has_window_drift<B>;
 
+/// True for requests whose scores can be bounded without the distances: what else the score needs of a value is its
+/// output's alone, and it and the temporal reduction grow with the distance.
+template <class Request>
+[[nodiscard]] constexpr bool bounded_by_distance() noexcept {
+  using score = std::remove_cvref_t<decltype(Request::score)>;
+  constexpr feature known = feature::attention | feature::odds | feature::distance | feature::output_norm;
+  return has(features_of<score>(), feature::distance) && (features_of<score>() | known) == known &&
+         monotone_in_distance<score>() && monotone_temporal_smoother<std::remove_cvref_t<decltype(Request::temporal)>>;
+}
+
 /// What is known of a token's score while certified pruning runs.
 enum class token_state : std::uint8_t {
   bounded,  ///< its score is an upper bound
@@ -128,10 +138,11 @@ enum class token_state : std::uint8_t {
 ///   tokens] marks `wanted` by the very scores that `token_scores` gives, and marks them `scored`. Follows `score_bounds`.
 template <class B, class Request>
 concept bounding_backend = tensor_backend<B> && requires(B& backend, const Request& request,
-                                                         const layer_view<float>& layer,
+                                                         const layer_view<float, detail::space_of<B>()>& layer,
                                                          typename B::template scratch<Request>& scratch,
-                                                         tensor_view<token_state, 3> states,
-                                                         tensor_view<typename B::score_type, 3> rows) {
+                                                         tensor_view<token_state, 3, detail::space_of<B>()> states,
+                                                         tensor_view<typename B::score_type, 3, detail::space_of<B>()>
+                                                             rows) {
   { backend.bounds_pay(request) } -> std::same_as<bool>;
   { backend.score_bounds(request, layer, scratch, rows) } -> std::same_as<status>;
   { backend.exact_scores(request, layer, scratch, states, rows) } -> std::same_as<status>;

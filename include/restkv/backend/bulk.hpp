@@ -105,6 +105,9 @@ concept has_bulk_top_k = requires(B& backend, typename B::top_k_scratch& scratch
 ///
 /// All return at once where the backend is asynchronous, and run in the order of the calls. keys, wanted, pivots,
 /// counts and kept lie in the backend's memory. A call that fails has changed nothing that the caller sees as a result.
+///
+/// One that is a `bounding_backend` too is asked for bounds, and then two or three times for the scores of some tokens,
+/// where it says that this pays and the policy admits it; see bulk_pruning.hpp.
 template <class B>
 concept bulk_backend = tensor_backend<B> && std::same_as<typename B::score_type, float> && detail::has_bulk_loops<B> &&
     detail::has_top_k_scratch<B> && detail::has_bulk_top_k<B>;

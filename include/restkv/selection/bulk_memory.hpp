@@ -5,6 +5,7 @@
 
 #include <restkv/backend/bulk.hpp>
 #include <restkv/selection/kept_tokens.hpp>
+#include <restkv/selection/pruning.hpp>
 
 namespace restkv::detail {
 
@@ -20,6 +21,39 @@ inline constexpr index_t most_bulk_rows = 1024;
 
 /// Mask words of `tokens` tokens, one bit each.
 [[nodiscard]] constexpr index_t mask_words(index_t tokens) noexcept { return (tokens + 31) / 32; }
+
+/// What certified pruning needs besides; null where it does not run.
+template <memory_space Space>
+struct bulk_pruning_memory {
+  tensor_view<token_state, 3, Space> states{};          // [batch, heads, tokens]
+  std::uint32_t* keys = nullptr;                        // [batch * heads, tokens], of scores and bounds
+  std::uint32_t* settled = nullptr;                     // likewise, of scores alone
+  index_t* wanted = nullptr;                            // [batch * heads], chosen units of each row
+  top_k_pivot<std::uint32_t>* pooled_pivots = nullptr;  // [batch]
+
+  bulk_pruning_memory() = default;
+  template <class Plan>
+  bulk_pruning_memory(const Plan& p, workspace& from)
+      : states(from.take<token_state>(p.shape.batch * p.heads * p.shape.tokens),
+               {p.shape.batch, p.heads, p.shape.tokens}),
+        keys(from.take<std::uint32_t>(p.shape.batch * p.heads * p.shape.tokens)),
+        settled(from.take<std::uint32_t>(p.shape.batch * p.heads * p.shape.tokens)),
+        wanted(from.take<index_t>(p.shape.batch * p.heads)),
+        pooled_pivots(from.take<top_k_pivot<std::uint32_t>>(p.shape.batch)) {}
+};
+
+/// True where bounds pay and nothing but the layer stands in the way of pruning: a key is that of one token of one row,
+/// and which keys decide about the budgets is known.
+template <class Backend, class Plan>
+[[nodiscard]] bool prunes_in_bulk([[maybe_unused]] const Backend& backend, [[maybe_unused]] const Plan& p) noexcept {
+  using policy_t = std::remove_cvref_t<decltype(p.policy)>;
+  if constexpr (may_prune<Backend, policy_t>) {
+    return backend.bounds_pay(make_score_request(p.policy, p.shape)) && p.policy.granularity.tokens == 1 &&
+           !p.policy.granularity.shared;
+  } else {
+    return false;
+  }
+}
 
 /// Everything a selection writes, in the backend's memory; carved by the same code when planning and when running.
 template <class Backend, class Plan>
@@ -39,6 +73,7 @@ struct bulk_memory {
   top_k_pivot<std::uint32_t>* pivots;           // [batch * rows]
   std::uint32_t* mask;                          // [batch, mask_words(tokens)]
   typename Backend::top_k_scratch top_k;
+  bulk_pruning_memory<space> pruning;
 
   bulk_memory(const Backend& backend, const Plan& p, workspace& from)
       : positions(from.take<position_t>(p.shape.batch * p.heads * p.capacity), {p.shape.batch, p.heads, p.capacity}),
@@ -53,7 +88,9 @@ struct bulk_memory {
         shares(from.take<double>(p.shape.batch * p.rows)),
         pivots(from.take<top_k_pivot<std::uint32_t>>(p.shape.batch * p.rows)),
         mask(from.take<std::uint32_t>(p.shape.batch * mask_words(p.shape.tokens))),
-        top_k(backend, bulk_shape{p.shape.batch * p.rows, p.shape.tokens}, from) {}
+        top_k(backend, bulk_shape{p.shape.batch * p.rows, p.shape.tokens}, from) {
+    if (prunes_in_bulk(backend, p)) pruning = bulk_pruning_memory<space>(p, from);
+  }
 };
 
 }  // namespace restkv::detail

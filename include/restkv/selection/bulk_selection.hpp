@@ -4,6 +4,7 @@
 #pragma once
 
 #include <restkv/selection/bulk_memory.hpp>
+#include <restkv/selection/bulk_pruning.hpp>
 #include <restkv/selection/bulk_steps.hpp>
 #include <restkv/selection/selection_problem.hpp>
 
@@ -72,6 +73,7 @@ class bulk_selection {
       RESTKV_RETURN_IF_FAILED(problem_.check_budget(b, candidates_.data()));
       anything = anything || !problem_.sequence(b, candidates_.data()).keeps_all();
     }
+    prunes_ = details_ == nullptr && memory_.pruning.keys != nullptr && (decides_by_pool() || decides_without_keys());
     RESTKV_RETURN_IF_FAILED(upload_spans());
     const bulk_kept out{memory_.positions.data, memory_.lengths.data, plan_.capacity, plan_.heads / plan_.rows};
     if (!anything) {
@@ -81,9 +83,7 @@ class bulk_selection {
     } else {
       RESTKV_RETURN_IF_FAILED(upload_mask());
       RESTKV_RETURN_IF_FAILED(measure_drift());
-      RESTKV_RETURN_IF_FAILED(backend_.token_scores(request_, layer_, scratch_, memory_.score));
-      RESTKV_RETURN_IF_FAILED(rank());
-      RESTKV_RETURN_IF_FAILED(allocate());
+      RESTKV_RETURN_IF_FAILED(score());
       RESTKV_RETURN_IF_FAILED(backend_.find_pivots(memory_.top_k, keys(), rows_, 1, memory_.counts, memory_.pivots));
       RESTKV_RETURN_IF_FAILED(backend_.write_chosen(memory_.top_k, keys(), rows_, memory_.pivots, out));
     }
@@ -95,7 +95,9 @@ class bulk_selection {
   [[nodiscard]] index_t batch() const noexcept { return plan_.shape.batch; }
   /// Tokens of the layer's longest row: none has more.
   [[nodiscard]] index_t tokens() const noexcept { return layer_.key.extent(2); }
-  [[nodiscard]] std::uint32_t* keys() const noexcept { return reinterpret_cast<std::uint32_t*>(memory_.score.data); }
+  [[nodiscard]] std::uint32_t* keys() const noexcept {
+    return prunes_ ? memory_.pruning.keys : reinterpret_cast<std::uint32_t*>(memory_.score.data);
+  }
   [[nodiscard]] bool heads_differ() const noexcept { return layer_.head_lengths.data != nullptr; }
   /// Sequence b and, in `candidates_`, its rows' candidates; valid until the next call. A mask was counted before: it
   /// does not go with heads that differ, whose candidates follow from their lengths.
@@ -162,6 +164,73 @@ class bulk_selection {
     return backend_.for_each(rows_.count, bulk::no_drift{memory_.drift});
   }
 
+  /// From the layer to the rows' keys and counts.
+  [[nodiscard]] status score() {
+    if constexpr (may_prune<Backend, Policy>) {
+      if (prunes_) return score_by_bounds();
+    }
+    RESTKV_RETURN_IF_FAILED(backend_.token_scores(request_, layer_, scratch_, memory_.score));
+    RESTKV_RETURN_IF_FAILED(rank());
+    return allocate();
+  }
+
+  /// The same with scores where they matter and bounds elsewhere: see bulk_pruning.hpp. Rounds: the tokens with the
+  /// largest bounds; those that reach the threshold these give; in between, where heads share a pool, those that reach
+  /// the pool's.
+  [[nodiscard]] status score_by_bounds() {
+    auto& memory = memory_.pruning;
+    RESTKV_RETURN_IF_FAILED(backend_.score_bounds(request_, layer_, scratch_, memory_.score));
+    RESTKV_RETURN_IF_FAILED(rank());
+    if (decides_by_pool()) {
+      RESTKV_RETURN_IF_FAILED(upload_pooled(true));
+      RESTKV_RETURN_IF_FAILED(find_pooled_pivots(keys()));
+      RESTKV_RETURN_IF_FAILED(
+          backend_.for_each(rows_.count, bulk::want_even_shares{memory_.pooled, plan_.rows, memory.wanted}));
+      RESTKV_RETURN_IF_FAILED(find_wanted_pivots(keys()));
+      RESTKV_RETURN_IF_FAILED(score_from(memory_.pivots, memory.pooled_pivots, true));
+      RESTKV_RETURN_IF_FAILED(upload_pooled(false));
+      RESTKV_RETURN_IF_FAILED(settle());
+      RESTKV_RETURN_IF_FAILED(find_pooled_pivots(memory.settled));
+      RESTKV_RETURN_IF_FAILED(score_from(nullptr, memory.pooled_pivots, false));
+      RESTKV_RETURN_IF_FAILED(allocate());
+    } else {
+      RESTKV_RETURN_IF_FAILED(allocate());
+      RESTKV_RETURN_IF_FAILED(
+          backend_.for_each(rows_.count, bulk::want_counts{rows_, memory_.counts, memory.wanted, true}));
+      RESTKV_RETURN_IF_FAILED(find_wanted_pivots(keys()));
+      RESTKV_RETURN_IF_FAILED(score_from(memory_.pivots, nullptr, true));
+    }
+    RESTKV_RETURN_IF_FAILED(
+        backend_.for_each(rows_.count, bulk::want_counts{rows_, memory_.counts, memory.wanted, false}));
+    RESTKV_RETURN_IF_FAILED(settle());
+    RESTKV_RETURN_IF_FAILED(find_wanted_pivots(memory.settled));
+    return score_from(memory_.pivots, nullptr, false);
+  }
+
+  [[nodiscard]] status find_wanted_pivots(const std::uint32_t* of) {
+    return backend_.find_pivots(memory_.top_k, of, rows_, 1, memory_.pruning.wanted, memory_.pivots);
+  }
+  [[nodiscard]] status find_pooled_pivots(const std::uint32_t* of) {
+    return backend_.find_pivots(memory_.top_k, of, rows_, plan_.rows, memory_.pooled, memory_.pruning.pooled_pivots);
+  }
+  [[nodiscard]] status settle() {
+    using settle_keys = bulk::settle_keys<decltype(plan_.policy.spatial)>;
+    const auto& memory = memory_.pruning;
+    return backend_.for_each(rows_.count * tokens(), settle_keys{plan_.policy.spatial, memory.keys, memory.states.data,
+                                                                 memory.settled, memory_.drift, rows_, tokens()});
+  }
+  /// Scores what the keys from the pivots on depend on, and ranks again.
+  [[nodiscard]] status score_from(const top_k_pivot<std::uint32_t>* pivots,
+                                  const top_k_pivot<std::uint32_t>* pooled_pivots, bool first) {
+    using mark_wanted = bulk::mark_wanted<decltype(plan_.policy.spatial)>;
+    const auto& memory = memory_.pruning;
+    RESTKV_RETURN_IF_FAILED(backend_.for_each(
+        rows_.count * tokens(), mark_wanted{plan_.policy.spatial, memory.keys, memory.states.data, memory_.drift, rows_,
+                                            tokens(), pivots, pooled_pivots, plan_.rows, first}));
+    RESTKV_RETURN_IF_FAILED(backend_.exact_scores(request_, layer_, scratch_, memory.states, memory_.score));
+    return rank();
+  }
+
   [[nodiscard]] status rank() {
     const index_t copies = plan_.heads / plan_.rows;
     if (plan_.policy.granularity.shared) {
@@ -197,11 +266,7 @@ class bulk_selection {
     const bulk::sequence_budget problem_of{rows_, plan_.rows, candidates, plan_.shape.layer, plan_.shape.layers};
     if constexpr (pooled_budget_allocator<budget_t>) {
       if (budget.pools()) {
-        uploader<Backend, index_t, 128> pooled(backend_, memory_.pooled);
-        for (index_t b = 0; b < batch(); ++b) {
-          RESTKV_RETURN_IF_FAILED(pooled.add(budget.pooled_keys(sequence_of(b).budget)));
-        }
-        RESTKV_RETURN_IF_FAILED(pooled.flush());
+        RESTKV_RETURN_IF_FAILED(upload_pooled(false));
         RESTKV_RETURN_IF_FAILED(
             backend_.find_pivots(memory_.top_k, keys(), rows_, plan_.rows, memory_.pooled, memory_.pivots));
         RESTKV_RETURN_IF_FAILED(
@@ -233,6 +298,28 @@ class bulk_selection {
     return counts.flush();
   }
 
+  /// How many keys each sequence's heads compete for; `first`: as many as the first round of pruning scores. None where
+  /// all are kept.
+  [[nodiscard]] status upload_pooled(bool first) {
+    if constexpr (pooled_budget_allocator<decltype(plan_.policy.budget)>) {
+      uploader<Backend, index_t, 128> pooled(backend_, memory_.pooled);
+      for (index_t b = 0; b < batch(); ++b) {
+        const sequence_problem problem = sequence_of(b);
+        const index_t count = problem.keeps_all() ? 0 : plan_.policy.budget.pooled_keys(problem.budget);
+        RESTKV_RETURN_IF_FAILED(
+            pooled.add(first && count > 0 ? pruning_row<std::uint32_t>::first_round(count) : count));
+      }
+      return pooled.flush();
+    }
+    return {};
+  }
+
+  /// True where the heads of a sequence compete in one pool.
+  [[nodiscard]] bool decides_by_pool() const noexcept {
+    if constexpr (pooled_budget_allocator<decltype(plan_.policy.budget)>) return plan_.policy.budget.pools();
+    return false;
+  }
+
   /// True where the allocator looks at no key, for any sequence of the layer.
   [[nodiscard]] bool decides_without_keys() {
     if constexpr (ranking_budget_allocator<decltype(plan_.policy.budget)>) {
@@ -253,6 +340,7 @@ class bulk_selection {
   scratch_t& scratch_;
   const details_t* details_;
   bulk_rows rows_;
+  bool prunes_ = false;
   using row_numbers = std::array<index_t, static_cast<std::size_t>(most_bulk_rows)>;
   row_numbers candidates_{};        // of the sequence looked at last, [rows]
   row_numbers alike_candidates_{};  // of each row of a sequence, [batch]; where heads do not differ

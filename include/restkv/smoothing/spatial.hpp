@@ -36,7 +36,7 @@ concept smooths_row = requires(const S& smoother, std::span<const Real> in, std:
 
 /// A spatial smoother: `smoother(in, out, context)` fills `out`, which has the extent of `in` and does not overlap it.
 /// `static constexpr bool needs_drift = true` asks for the drift. A smoother whose output never falls when an input
-/// grows says so by having `reach(context)`; certified pruning needs that.
+/// grows says so by having `reach(context)`, RESTKV_HD where a device runs it; certified pruning needs that.
 template <class S>
 concept spatial_smoother = detail::smooths_row<S, float> && detail::smooths_row<S, double>;
 

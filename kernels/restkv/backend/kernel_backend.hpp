@@ -19,10 +19,12 @@ namespace restkv {
 struct kernel_tuning {
   kernel::attention_tuning attention{};  ///< of scores; sums are made in another order, so they move by rounding
   kernel::radix_tuning top_k{};          ///< of the selection
+  bool pruning = true;  ///< score exactly only tokens that a bound does not rule out, where the policy admits it
+  index_t least_pruned_tokens = 8192;  ///< of a plan: shorter sequences are scored whole, which takes fewer launches
 };
 
-/// Models `tensor_backend` and `bulk_backend`. Executor: `kernel::stream_executor` (`cuda_backend`), or
-/// `kernel::host_executor` (`host_kernel_backend`), which runs the very same kernel bodies on the CPU.
+/// Models `tensor_backend`, `bulk_backend` and `bounding_backend`. Executor: `kernel::stream_executor` (`cuda_backend`),
+/// or `kernel::host_executor` (`host_kernel_backend`), which runs the very same kernel bodies on the CPU.
 ///
 /// Tensors lie in the executor's memory, in one chunk or a few. Nothing allocates, waits or reads back, so calls can be
 /// captured in a CUDA graph. Scores of whole heads do not run on it (errc::unsupported). A launch that fails is
@@ -30,6 +32,7 @@ struct kernel_tuning {
 template <class Executor>
 class kernel_backend {
  public:
+  using executor_type = Executor;                         ///< what runs the kernels
   using score_type = float;                               ///< all scores are float
   static constexpr memory_space space = Executor::space;  ///< of all tensors
 
@@ -59,7 +62,7 @@ class kernel_backend {
    public:
     /// Counts where the workspace counts.
     scratch(const kernel_backend& backend, const Request& request, workspace& from)
-        : base(request, backend.tuning().attention, from) {}
+        : base(request, backend.tuning().attention, from, backend.bounds_pay(request)) {}
     /// See `tensor_backend`. [batch, query_heads]
     [[nodiscard]] tensor_view<double, 2, space> drift() const noexcept {
       const auto view = base::drift();
@@ -71,10 +74,39 @@ class kernel_backend {
   template <class Request, element T>
   [[nodiscard]] status token_scores(const Request& request, const layer_view<T, space>& layer,
                                     scratch<Request>& scratch, tensor_view<float, 3, space> out) {
-    const auto& factor = layer.metric.factor;
-    const kernel::metric_source metric{factor.data, {factor.stride(0), factor.stride(1), factor.stride(2)}};
-    RESTKV_RETURN_IF_FAILED(kernel::token_scores(executor_, request, layer, metric, scratch, out));
+    RESTKV_RETURN_IF_FAILED(kernel::token_scores(executor_, request, layer, metric_of(layer), scratch, out));
     return outcome("scores of tokens");
+  }
+
+  /// Bounds need no product with W_O's factor and, in the order `before`, no product with each query's output. In the
+  /// order `after` without W_O they would cost what the scores cost.
+  template <class Request>
+  [[nodiscard]] bool bounds_pay(const Request& request) const noexcept {
+    if constexpr (bounded_by_distance<Request>()) {
+      return tuning_.pruning && request.shape.tokens >= tuning_.least_pruned_tokens &&
+             (order_of(request.score) == query_order::before || needs_metric(request.score));
+    } else {
+      return false;
+    }
+  }
+
+  /// See `bounding_backend`.
+  template <class Request, element T>
+  [[nodiscard]] status score_bounds(const Request& request, const layer_view<T, space>& layer,
+                                    scratch<Request>& scratch, tensor_view<float, 3, space> out) {
+    const auto& spectrum = layer.metric.spectrum;
+    RESTKV_RETURN_IF_FAILED(kernel::score_bounds(executor_, request, layer, metric_of(layer),
+                                                 {spectrum.data, spectrum.stride(0)}, scratch, out));
+    return outcome("bounds on the scores of tokens");
+  }
+
+  /// See `bounding_backend`.
+  template <class Request, element T>
+  [[nodiscard]] status exact_scores(const Request& request, const layer_view<T, space>& layer,
+                                    scratch<Request>& scratch, tensor_view<token_state, 3, space> states,
+                                    tensor_view<float, 3, space> out) {
+    RESTKV_RETURN_IF_FAILED(kernel::exact_scores(executor_, request, layer, metric_of(layer), scratch, states, out));
+    return outcome("scores of some tokens");
   }
 
   /// See `tensor_backend`.
@@ -140,6 +172,12 @@ class kernel_backend {
   }
 
  private:
+  template <element T>
+  [[nodiscard]] static kernel::metric_source metric_of(const layer_view<T, space>& layer) noexcept {
+    const auto& factor = layer.metric.factor;
+    return {factor.data, {factor.stride(0), factor.stride(1), factor.stride(2)}};
+  }
+
   Executor executor_;
   kernel_tuning tuning_;
 };

@@ -57,7 +57,7 @@ struct logit_tile {
     index_t kv_head;
     index_t first_lane;  ///< among the lanes of the KV head
     index_t lanes;       ///< at most Lanes
-    index_t first_token;
+    tile_tokens tokens;
   };
 
   /// Fills logits [Lanes, stride]; masked_logit where a query does not see the token. Begins and ends with a phase of
@@ -86,7 +86,7 @@ struct logit_tile {
                  });
       stage_rows(group, memory.keys, token_tile, staged<T>::columns, staged<T>::stride, first, problem.head_dim,
                  [&](index_t t) -> token_row<T> {
-                   const index_t n = at.first_token + t;
+                   const index_t n = at.tokens[t];
                    if (n >= span.length) return {};
                    return problem.key.row(at.batch, at.kv_head, span.begin + n);
                  });
@@ -113,7 +113,7 @@ struct logit_tile {
     group.for_each(Lanes * token_tile, [&](index_t item) {
       const auto r = static_cast<int>(item) / token_tile;
       const auto t = static_cast<int>(item) % token_tile;
-      const index_t n = at.first_token + t;
+      const index_t n = at.tokens[t];
       float& cell = logits[r * stride + t];
       const position_t seen = group.read(memory.seen[r]);
       float logit = masked_logit;

@@ -34,6 +34,25 @@ RESTKV_HD constexpr void unrolled(const F& f) {
   }
 }
 
+/// The tokens of a tile: `token_tile` that follow each other, or those of a list.
+struct tile_tokens {
+  static constexpr index_t none = std::numeric_limits<position_t>::max();  ///< behind every token there is
+
+  index_t first = 0;                   ///< where there is no list
+  const position_t* listed = nullptr;  ///< [count]
+  index_t count = 0;                   ///< of the list
+
+  RESTKV_HD constexpr tile_tokens(index_t first_token) noexcept
+      : first(first_token) {}  // NOLINT(google-explicit-constructor)
+  RESTKV_HD constexpr tile_tokens(const position_t* list, index_t tokens) noexcept : listed(list), count(tokens) {}
+
+  /// Token t of the tile, t in [0, token_tile).
+  [[nodiscard]] RESTKV_HD constexpr index_t operator[](index_t t) const noexcept {
+    if (listed == nullptr) return first + t;
+    return t < count ? listed[t] : none;
+  }
+};
+
 /// One token's channels.
 template <element T>
 struct token_row {

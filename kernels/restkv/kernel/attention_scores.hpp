@@ -4,6 +4,7 @@
 #pragma once
 
 #include <restkv/kernel/matrix_pieces.hpp>
+#include <restkv/kernel/prune_list.hpp>
 #include <restkv/kernel/score_pooled.hpp>
 #include <restkv/kernel/score_queries.hpp>
 #include <restkv/kernel/score_smoothed.hpp>
@@ -28,13 +29,15 @@ struct drift_part {
 /// Values of a digit of the radix selection of the drift.
 inline constexpr int drift_digits = 128;
 
-/// Working memory of `token_scores` and `window_drift` in the executor's memory, carved from a workspace.
+/// Working memory of `token_scores` and `window_drift` in the executor's memory, carved from a workspace; with room for
+/// `score_bounds` and `exact_scores` where `prunes`.
 template <class Request>
 class attention_scratch {
  public:
   using needs = needs_of<Request>;
 
-  attention_scratch(const Request& request, const attention_tuning& tuning, workspace& space) noexcept
+  attention_scratch(const Request& request, const attention_tuning& tuning, workspace& space,
+                    [[maybe_unused]] bool prunes = false) noexcept
       : drift_(space.take<double>(request.shape.batch * request.shape.query_heads),
                {request.shape.batch, request.shape.query_heads}) {
     const problem_shape& shape = request.shape;
@@ -81,6 +84,15 @@ class attention_scratch {
         outputs.image = space.take<float>(cells * shape.head_dim);
         outputs.norm = space.take<float>(cells);
         outputs.top_distance = space.take<float>(cells);
+        if (prunes) {
+          const index_t score_rows = shape.batch * request.heads();
+          outputs.whole = space.take<float>(cells * shape.head_dim);
+          bounds.centre = space.take<float>(heads * shape.head_dim);
+          bounds.radius = space.take<float>(cells);
+          bounds.stretch = space.take<float>(heads);
+          bounds.widen = score_slack(queries + shape.group());
+          list = {space.take<position_t>(score_rows * shape.tokens), space.take<index_t>(score_rows), shape.tokens};
+        }
       }
     }
   }
@@ -107,6 +119,8 @@ class attention_scratch {
   row_top* tops = nullptr;
   float* output_parts = nullptr;
   output_states outputs;
+  distance_bounds bounds;    ///< of certified pruning
+  listed_tokens list;        ///< likewise
   float* running = nullptr;  ///< scores of a streamed window, [batch * query_heads, row_stride]
   pool_sum* pool_parts = nullptr;
   position_t* chosen = nullptr;  ///< most attended tokens, [batch]
@@ -146,7 +160,7 @@ class score_launches {
   using needs = needs_of<Request>;
 
   score_launches(Executor& executor, const Request& request, const layer_view<T, S>& layer, const metric_source& metric,
-                 attention_scratch<Request>& scratch, const score_rows& out)
+                 attention_scratch<Request>& scratch, const score_rows& out) noexcept
       : executor_(executor), request_(request), layer_(layer), scratch_(scratch) {
     in_.score = request.score;
     in_.temporal = request.temporal;
@@ -157,26 +171,12 @@ class score_launches {
     in_.linear = is_linear(request.temporal);
   }
 
+  /// Every score.
   [[nodiscard]] status run() {
-    RESTKV_RETURN_IF_FAILED(make_problem(request_, layer_, in_.problem));
-    set_lanes(in_.problem, scratch_, 0);
-    index_t longest = 0;
-    for (index_t b = 0; b < request_.shape.batch; ++b) {
-      for (index_t h = 0; h < request_.shape.kv_heads; ++h) {
-        longest = std::max(longest, request_.past_of(sequence(layer_, b, h).length));
-      }
-    }
-    if (longest <= 0) return {};
-    in_.row_tiles = (longest + token_tile - 1) / token_tile;
-    if constexpr (needs::projected) {
-      in_.projection = {layer_.projection.data,
-                        layer_.projection.extent(0),
-                        {layer_.projection.stride(0), layer_.projection.stride(1)}};
-    }
+    RESTKV_RETURN_IF_FAILED(prepare());
+    if (in_.row_tiles == 0) return {};
     upload_spans(executor_, request_, layer_, scratch_.spans);
-    if constexpr (sizeof(T) == 2) {
-      if (in_.metric.factor != nullptr) split_factor();
-    }
+    split_factor();
     if constexpr (has(needs::set, feature::mean_distance)) launch_means();
     if constexpr (!needs::window) {
       executor_.launch(score_queries<Request, T>{in_}, in_.blocks());
@@ -191,33 +191,96 @@ class score_launches {
       }
       upload_weights();
       launch_softmax(executor_, in_.problem, scratch_);
-      in_.softmax = scratch_.softmax;
-      in_.weights = scratch_.weights;
-      in_.outputs = scratch_.outputs;
       if constexpr (pools_attention<typename needs::score>() && needs_attention_alone<typename needs::score>()) {
         if (attention_pool_of(request_.score) > 1) return run_pooled();
       }
-      if (order_of(request_.score) == query_order::after) {
-        launch_smoothed();
-      } else {
-        if constexpr (needs::output) {
-          const output_split<T> split{in_.problem, scratch_.softmax, scratch_.output_parts};
-          executor_.launch(split, split.blocks());
-          launch_images(nullptr);
-        }
-        executor_.launch(score_queries<Request, T>{in_}, in_.blocks());
-      }
+      launch_outputs();
+      launch_scores<false>();
       return {};
     }
   }
 
+  /// Bounds on every score.
+  [[nodiscard]] status bound(const metric_spectrum& spectrum) {
+    RESTKV_RETURN_IF_FAILED(prepare());
+    if (in_.row_tiles == 0) return {};
+    upload_spans(executor_, request_, layer_, scratch_.spans);
+    split_factor();
+    upload_weights();
+    launch_softmax(executor_, in_.problem, scratch_);
+    launch_outputs();
+    const bound_distances<T> distances{in_.problem,
+                                       in_.metric,
+                                       needs_metric(request_.score) ? spectrum : metric_spectrum{},
+                                       in_.outputs,
+                                       whole_rows() ? 1 : in_.problem.queries,
+                                       in_.bounds};
+    executor_.launch(distances, distances.blocks());
+    launch_scores<true>();
+    return {};
+  }
+
+  /// The scores of the tokens that are marked `wanted`, after `bound`.
+  template <memory_space O>
+  [[nodiscard]] status score_wanted(const tensor_view<token_state, 3, O>& states) {
+    RESTKV_RETURN_IF_FAILED(prepare());
+    if (in_.row_tiles == 0) return {};
+    in_.list = scratch_.list;
+    const index_t rows = in_.problem.batch * in_.rows();
+    for_each(executor_, rows, begin_lists{in_.list.counts});
+    const index_t pieces = (in_.row_tiles * token_tile + list_wanted::threads - 1) / list_wanted::threads;
+    executor_.launch(list_wanted{.spans = scratch_.spans,
+                                 .window = request_.window,
+                                 .kv_heads = request_.shape.kv_heads,
+                                 .rows = in_.rows(),
+                                 .pieces = pieces,
+                                 .states = states.data,
+                                 .state_strides = {states.stride(0), states.stride(1), states.stride(2)},
+                                 .listed = in_.list.tokens,
+                                 .counts = in_.list.counts,
+                                 .stride = in_.list.stride},
+                     rows * pieces);
+    launch_scores<false>();
+    return {};
+  }
+
  private:
+  /// Sets everything that kernels are told: no launch. No tiles: nothing to do.
+  [[nodiscard]] status prepare() noexcept {
+    RESTKV_RETURN_IF_FAILED(make_problem(request_, layer_, in_.problem));
+    set_lanes(in_.problem, scratch_, 0);
+    index_t longest = 0;
+    for (index_t b = 0; b < request_.shape.batch; ++b) {
+      for (index_t h = 0; h < request_.shape.kv_heads; ++h) {
+        longest = std::max(longest, request_.past_of(sequence(layer_, b, h).length));
+      }
+    }
+    in_.row_tiles = longest <= 0 ? 0 : (longest + token_tile - 1) / token_tile;
+    if constexpr (needs::projected) {
+      in_.projection = {layer_.projection.data,
+                        layer_.projection.extent(0),
+                        {layer_.projection.stride(0), layer_.projection.stride(1)}};
+    }
+    if (sizeof(T) == 2 && in_.metric.factor != nullptr) {
+      in_.factor = {reinterpret_cast<const T*>(scratch_.factor_pieces), scratch_.factor_inverse,
+                    metric_pieces<T>::width_of(request_.shape.head_dim)};
+    }
+    in_.softmax = scratch_.softmax;
+    in_.weights = scratch_.weights;
+    in_.outputs = scratch_.outputs;
+    in_.bounds = scratch_.bounds;
+    return {};
+  }
+
+  [[nodiscard]] bool whole_rows() const noexcept { return order_of(request_.score) == query_order::after; }
+
   void split_factor() {
-    const index_t head_dim = request_.shape.head_dim;
-    auto* const pieces = reinterpret_cast<T*>(scratch_.factor_pieces);
-    in_.factor = {pieces, scratch_.factor_inverse, metric_pieces<T>::width_of(head_dim)};
-    executor_.launch(metric_split<T>{in_.metric, head_dim, in_.factor.width, pieces, scratch_.factor_inverse},
-                     request_.shape.query_heads);
+    if constexpr (sizeof(T) == 2) {
+      if (in_.factor.data == nullptr) return;
+      executor_.launch(metric_split<T>{in_.metric, request_.shape.head_dim, in_.factor.width,
+                                       reinterpret_cast<T*>(scratch_.factor_pieces), scratch_.factor_inverse},
+                       request_.shape.query_heads);
+    }
   }
 
   void upload_weights() {
@@ -255,7 +318,16 @@ class score_launches {
     executor_.launch(image, image.blocks());
   }
 
-  void launch_smoothed() {
+  /// What the scores of tokens need of their head's outputs; in the order `after`, its smoothed attention too.
+  void launch_outputs() {
+    if (!whole_rows()) {
+      if constexpr (needs::output) {
+        const output_split<T> split{in_.problem, scratch_.softmax, scratch_.output_parts};
+        executor_.launch(split, split.blocks());
+        launch_images(nullptr);
+      }
+      return;
+    }
     const attention_rows<typename needs::temporal, T> rows{
         in_.problem,   in_.temporal,      in_.linear,         scratch_.weights,    scratch_.softmax,
         scratch_.rows, scratch_.row_rest, scratch_.top_parts, scratch_.row_stride, scratch_.tiles};
@@ -268,9 +340,18 @@ class score_launches {
       executor_.launch(split, split.blocks());
       launch_images(scratch_.tops);
     }
-    executor_.launch(
-        score_smoothed<Request, T>{in_, scratch_.rows, scratch_.row_rest, scratch_.tops, scratch_.row_stride, whole()},
-        in_.blocks());
+  }
+
+  /// The scores, or the bounds.
+  template <bool Bounds>
+  void launch_scores() {
+    if (!whole_rows()) {
+      executor_.launch(score_queries<Request, T, Bounds>{in_}, in_.blocks());
+    } else {
+      executor_.launch(score_smoothed<Request, T, Bounds>{in_, scratch_.rows, scratch_.row_rest, scratch_.tops,
+                                                          scratch_.row_stride, whole()},
+                       in_.blocks());
+    }
   }
 
   [[nodiscard]] status run_stream() {
@@ -311,6 +392,12 @@ class score_launches {
   score_inputs<Request, T> in_;
 };
 
+/// Where a tensor's rows of scores lie, [batch, heads, tokens].
+template <memory_space O>
+[[nodiscard]] score_rows rows_of(const tensor_view<float, 3, O>& out) noexcept {
+  return {out.data, {out.stride(0), out.stride(1), out.stride(2)}};
+}
+
 /// The rows of scores of a request, see `tensor_backend`: fills out[b][h][0 .. past), out is [batch, heads, tokens].
 /// layer, metric (the factor of output_metric_view, where the score measures in it), scratch and out lie in the
 /// executor's memory; lengths on the host. Everything is launched in order, nothing waits. Fails, and then writes no
@@ -326,8 +413,34 @@ template <class Executor, class Request, element T, memory_space S, memory_space
   if constexpr (head_score<score>) {
     return status::error(errc::unsupported, "scores of whole heads do not run on the kernels");
   } else {
-    const score_rows rows{out.data, {out.stride(0), out.stride(1), out.stride(2)}};
-    return score_launches<Executor, Request, T, S>(executor, request, layer, metric, scratch, rows).run();
+    return score_launches<Executor, Request, T, S>(executor, request, layer, metric, scratch, rows_of(out)).run();
+  }
+}
+
+/// Upper bounds on the scores of a request, see `bounding_backend`; the scratch `prunes`. Errors as `token_scores`.
+template <class Executor, class Request, element T, memory_space S, memory_space O>
+[[nodiscard]] status score_bounds(Executor& executor, const Request& request, const layer_view<T, S>& layer,
+                                  const metric_source& metric, const metric_spectrum& spectrum,
+                                  attention_scratch<Request>& scratch, const tensor_view<float, 3, O>& out) {
+  if constexpr (bounded_by_distance<Request>()) {
+    return score_launches<Executor, Request, T, S>(executor, request, layer, metric, scratch, rows_of(out))
+        .bound(spectrum);
+  } else {
+    return status::error(errc::unsupported, "the scores have no bound");
+  }
+}
+
+/// The scores of the tokens that `states` [batch, heads, tokens] marks `wanted`, which are `scored` then. After
+/// `score_bounds` with the same scratch.
+template <class Executor, class Request, element T, memory_space S, memory_space O>
+[[nodiscard]] status exact_scores(Executor& executor, const Request& request, const layer_view<T, S>& layer,
+                                  const metric_source& metric, attention_scratch<Request>& scratch,
+                                  const tensor_view<token_state, 3, O>& states, const tensor_view<float, 3, O>& out) {
+  if constexpr (bounded_by_distance<Request>()) {
+    return score_launches<Executor, Request, T, S>(executor, request, layer, metric, scratch, rows_of(out))
+        .score_wanted(states);
+  } else {
+    return status::error(errc::unsupported, "the scores have no bound");
   }
 }
 

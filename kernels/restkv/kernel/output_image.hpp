@@ -42,6 +42,7 @@ RESTKV_HD void map_vector(Group& group, const metric_source& metric, index_t hea
 
 /// Everything about an output that the scores of a head need.
 struct output_states {
+  float* whole = nullptr;         ///< o, [cells, head_dim]; null where nobody asks for it
   float* image = nullptr;         ///< M o, [cells, head_dim]
   float* norm = nullptr;          ///< ||M o||, [cells]
   float* top_distance = nullptr;  ///< ||M (o - v_top)||, [cells]
@@ -120,6 +121,7 @@ struct output_image {
     group.for_each_thread([&](int t) {
       for (index_t c = t; c < head_dim; c += threads) {
         group.write(memory.difference[c], group.read(memory.difference[c]) / scale);
+        if (states.whole != nullptr) group.write(states.whole[cell * head_dim + c], group.read(memory.whole[c]));
       }
       mine(t)[0] = 0.0f;
     });

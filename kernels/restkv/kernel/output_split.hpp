@@ -12,11 +12,11 @@ namespace restkv::kernel {
 /// Channels of an output that a block adds up.
 inline constexpr int output_channels = 128;
 
-/// Copies `tokens` values from token `first` to shared memory as floats [tokens, stride], 16 bytes at a time where they
-/// lie so; zeros behind the sequence and beyond head_dim.
+/// Copies the values of the first `tokens` tokens of `from` to shared memory as floats [tokens, stride], 16 bytes at a
+/// time where they lie so; zeros behind the sequence and beyond head_dim.
 template <class Group, element T>
 RESTKV_HD void stage_values(Group& group, float* to, int stride, int tokens, int channels, const token_chunks<T>& cache,
-                            index_t b, index_t kv_head, const head_span& span, index_t first_token,
+                            index_t b, index_t kv_head, const head_span& span, const tile_tokens& from,
                             index_t first_channel, index_t head_dim) {
   constexpr int step = 16 / static_cast<int>(sizeof(T));
   const int pieces = channels / step;
@@ -24,7 +24,7 @@ RESTKV_HD void stage_values(Group& group, float* to, int stride, int tokens, int
     const int row_index = static_cast<int>(item) / pieces;
     const int c = static_cast<int>(item) % pieces * step;
     float* const target = to + row_index * stride + c;
-    const index_t n = first_token + row_index;
+    const index_t n = from[row_index];
     const index_t left = n < span.length ? head_dim - first_channel - c : 0;
     token_row<T> row;
     if (left > 0) row = cache.row(b, kv_head, span.begin + n);

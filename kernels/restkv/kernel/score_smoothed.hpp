@@ -3,18 +3,20 @@
 /// Order `after`: one score a token and query head from its smoothed attention, then the heads reduced.
 #pragma once
 
-#include <restkv/kernel/score_token_facts.hpp>
+#include <restkv/kernel/score_bounds.hpp>
 
 namespace restkv::kernel {
 
-/// The scores of one tile of tokens of one row. Blocks: [batch, rows, tiles].
-template <class Request, element T>
+/// The scores of one tile of tokens of one row, or bounds on them. Blocks: [batch, rows, tiles].
+template <class Request, element T, bool Bounds = false>
 struct score_smoothed {
   using needs = needs_of<Request>;
   static constexpr int threads = 128;
   using images = value_images<T, threads>;
+  static constexpr bool images_needed = needs::image && !Bounds;
   struct shared {
-    std::conditional_t<needs::values, typename images::operands, char> products;
+    std::conditional_t<needs::values && !Bounds, typename images::operands, char> products;
+    std::conditional_t<Bounds, tile_reach, char> reach;
     alignas(32) float image[needs::chunks ? token_tile * images::stride : 1];
     float squares[token_tile];
     float alignments[token_tile];
@@ -47,10 +49,11 @@ struct score_smoothed {
         group.write(memory.alignments[t], 0.0f);
       });
       group.sync();
-      if constexpr (needs::image) {
+      if constexpr (Bounds) measure_reach(group, memory.reach, memory.image, in, at, head);
+      if constexpr (images_needed) {
         for (index_t first = 0; first < problem.head_dim; first += images::columns) {
           images::map(group, memory.products, memory.image, problem, in.metric, in.factor, at.batch, head, at.span,
-                      at.first, first);
+                      at.tokens, first);
           add_image_facts<Request>(group, memory.facts, memory.image, in, first, in.mean_of(at.batch, head));
           if constexpr (needs::distance || needs::alignment) {
             group.for_each(token_tile, [&](index_t t) {
@@ -71,7 +74,7 @@ struct score_smoothed {
       }
       group.for_each(at.count, [&](index_t t) {
         token_features<float> f = features_of_token(group, memory.facts, in, at, head, t);
-        const index_t n = at.first + t;
+        const index_t n = f.position;
         f.attention = rows[cell * row_stride + n];
         // Only the top token of a linear smoother's row can hold so much that the subtraction loses digits.
         const row_top top = tops[cell];
@@ -79,12 +82,16 @@ struct score_smoothed {
         if (row_rest != nullptr) rest = row_rest[cell * row_stride + n];
         if (!(rest > least_rest)) rest = least_rest;
         f.odds = f.attention / rest;
-        if constexpr (needs::distance) {
+        if constexpr (Bounds) {
+          f.distance = n == top.token ? in.outputs.top_distance[cell]
+                                      : in.bounds.radius[cell] + group.read(memory.reach.reach[t]);
+        } else if constexpr (needs::distance) {
           f.distance = n == top.token ? in.outputs.top_distance[cell] : root(group.read(memory.squares[t]));
         }
         if constexpr (has(needs::set, feature::output_norm)) f.output_norm = in.outputs.norm[cell];
         if constexpr (needs::alignment) f.alignment = group.read(memory.alignments[t]);
-        deliver_score(group, memory.facts, in, at, j, t, finite_score(in.score(f)));
+        const float score = Bounds ? bound_of(in.score(f), in.bounds.widen) : in.score(f);
+        deliver_score<Bounds>(group, memory.facts, in, at, j, t, finite_score(score));
       });
       group.sync();
     }

@@ -35,6 +35,21 @@ struct score_rows {
   index_t strides[3] = {};
 };
 
+/// What bounds on distances are made of, see score_bounds.hpp.
+struct distance_bounds {
+  float* centre = nullptr;   ///< c, [batch * query_heads, head_dim]
+  float* radius = nullptr;   ///< not below ||M (o - c)|| as it is computed, [cells]
+  float* stretch = nullptr;  ///< the most that M stretches a vector by, likewise, [batch * query_heads]
+  float widen = 1;           ///< what a score may gain by sums that are contracted in another way
+};
+
+/// The tokens of each row that are to be scored.
+struct listed_tokens {
+  position_t* tokens = nullptr;  ///< [batch * rows, stride]; null: all of them
+  index_t* counts = nullptr;     ///< [batch * rows]
+  index_t stride = 0;
+};
+
 /// What the score kernels read and write.
 template <class Request, element T>
 struct score_inputs {
@@ -54,38 +69,51 @@ struct score_inputs {
   const float* weights = nullptr;         ///< [window]
   bool linear = false;
   output_states outputs;
+  distance_bounds bounds;
+  listed_tokens list;
   score_rows out;
 
-  [[nodiscard]] index_t blocks() const noexcept {
-    return problem.batch * (problem.query_heads / heads_of_row) * row_tiles;
-  }
+  /// Rows of scores of a sequence.
+  [[nodiscard]] RESTKV_HD index_t rows() const noexcept { return problem.query_heads / heads_of_row; }
+  [[nodiscard]] index_t blocks() const noexcept { return problem.batch * rows() * row_tiles; }
   /// The image of the mean value for a query head, where it is needed. [head_dim]
   [[nodiscard]] RESTKV_HD const float* mean_of(index_t b, index_t head) const noexcept {
     return mean_image == nullptr ? nullptr : mean_image + (b * problem.query_heads + head) * problem.head_dim;
   }
 };
 
-/// A block's tile of tokens of one row.
+/// A block's tile of tokens of one row, or of its list.
 struct score_place {
   index_t batch;
   index_t row;         ///< of the sequence's rows of scores
   index_t first_head;  ///< query head
   index_t kv_head;
-  index_t first;  ///< token
-  index_t count;  ///< tokens that have a score; at most token_tile, maybe none
+  index_t count;       ///< tokens that get a score; at most token_tile, maybe none
+  tile_tokens tokens;  ///< the first `count` of them
   head_span span;
 
   template <class Request, element T>
-  RESTKV_HD score_place(const score_inputs<Request, T>& in, index_t block) noexcept {
-    const index_t rows = in.problem.query_heads / in.heads_of_row;
-    first = block % in.row_tiles * token_tile;
+  RESTKV_HD score_place(const score_inputs<Request, T>& in, index_t block) noexcept
+      : tokens(block % in.row_tiles * token_tile) {
+    const index_t rows = in.rows();
     batch = block / in.row_tiles / rows;
     row = block / in.row_tiles % rows;
     first_head = row * in.heads_of_row;
     kv_head = first_head / in.problem.group();
     span = in.problem.span(batch, kv_head);
-    const index_t left = in.problem.past_of(span) - first;
-    count = left < token_tile ? left : token_tile;
+    const index_t first = tokens.first;
+    count = of_tile(in.problem.past_of(span) - first);
+    if constexpr (bounded_by_distance<Request>()) {  // nobody else has lists
+      if (in.list.tokens == nullptr) return;
+      const index_t cell = batch * rows + row;
+      count = of_tile(in.list.counts[cell] - first);
+      if (count > 0) tokens = {in.list.tokens + cell * in.list.stride + first, count};
+    }
+  }
+
+ private:
+  [[nodiscard]] RESTKV_HD static constexpr index_t of_tile(index_t left) noexcept {
+    return left < token_tile ? left : token_tile;
   }
 };
 
@@ -113,7 +141,7 @@ RESTKV_HD void gather_head_facts(Group& group, token_facts& facts, float* image,
   });
   if constexpr (needs::l1) {
     for (index_t first = 0; first < problem.head_dim; first += images::columns) {
-      images::copy(group, image, problem.value, at.batch, at.kv_head, at.span, at.first, first, problem.head_dim);
+      images::copy(group, image, problem.value, at.batch, at.kv_head, at.span, at.tokens, first, problem.head_dim);
       group.sync();
       group.for_each(token_tile, [&](index_t t) {
         float sum = group.read(facts.value_l1[t]);
@@ -125,7 +153,7 @@ RESTKV_HD void gather_head_facts(Group& group, token_facts& facts, float* image,
   }
   if constexpr (needs::keys) {
     for (index_t first = 0; first < problem.head_dim; first += images::columns) {
-      images::copy(group, image, problem.key, at.batch, at.kv_head, at.span, at.first, first, problem.head_dim);
+      images::copy(group, image, problem.key, at.batch, at.kv_head, at.span, at.tokens, first, problem.head_dim);
       group.sync();
       group.for_each(token_tile, [&](index_t t) {
         float sum = group.read(facts.key_squares[t]);
@@ -149,7 +177,8 @@ RESTKV_HD void gather_projected_norms(Group& group, token_facts& facts, Operands
   group.for_each(token_tile, [&](index_t t) { group.write(facts.projected_l1[t], 0.0f); });
   for (index_t first = 0; first < in.projection.hidden; first += images::columns) {
     images::multiply(
-        group, memory, image, in.problem, at.batch, at.kv_head, at.span, at.first, first, 0, [&](index_t c, index_t r) {
+        group, memory, image, in.problem, at.batch, at.kv_head, at.span, at.tokens, first, 0,
+        [&](index_t c, index_t r) {
           if (r >= in.projection.hidden) return 0.0f;
           return widen<float>(
               in.projection.data[r * in.projection.strides[0] + (head * head_dim + c) * in.projection.strides[1]]);
@@ -192,7 +221,7 @@ template <class Group, class Request, element T>
                                                                 const score_place& at, index_t head, index_t t) {
   using needs = needs_of<Request>;
   token_features<float> f;
-  f.position = at.first + t;
+  f.position = at.tokens[t];
   f.length = at.span.length;
   f.batch = at.batch;
   f.head = head;
@@ -205,17 +234,19 @@ template <class Group, class Request, element T>
   return f;
 }
 
-/// Folds one head's score of token t into its row, and writes the row's after the last head.
-template <class Group, class Request, element T>
+/// Folds one head's score of token t, or the bound on it, into its row, and writes the row's after the last head.
+template <bool Bounds = false, class Group, class Request, element T>
 RESTKV_HD void deliver_score(Group& group, token_facts& facts, const score_inputs<Request, T>& in,
                              const score_place& at, index_t j, index_t t, float score) {
   const float running = j == 0 ? 0.0f : group.read(facts.folded[t]);
   const float folded = group_fold(in.reduction, running, score, j == 0);
   group.write(facts.folded[t], folded);
   if (j + 1 < in.heads_of_row || t >= at.count) return;
-  group.write(
-      in.out.data[at.batch * in.out.strides[0] + at.row * in.out.strides[1] + (at.first + t) * in.out.strides[2]],
-      finite_score(group_finish(in.reduction, folded, in.heads_of_row)));
+  float result = finite_score(group_finish(in.reduction, folded, in.heads_of_row));
+  // A bound that is none: the token will be scored.
+  if (Bounds && result != result) result = std::numeric_limits<float>::max();
+  group.write(in.out.data[at.batch * in.out.strides[0] + at.row * in.out.strides[1] + at.tokens[t] * in.out.strides[2]],
+              result);
 }
 
 }  // namespace restkv::kernel

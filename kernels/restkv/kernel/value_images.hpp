@@ -37,24 +37,24 @@ struct value_images {
     piece_operands split;
   };
 
-  /// image[t][i] = (x of token first_token + t)[first + i] of a cache, 0 beyond it. Within one phase.
+  /// image[t][i] = (x of tokens[t])[first + i] of a cache, 0 beyond it. Within one phase.
   template <class Group>
   RESTKV_HD static void copy(Group& group, float* image, const token_chunks<T>& cache, index_t b, index_t kv_head,
-                             const head_span& span, index_t first_token, index_t first, index_t head_dim) {
-    stage_values(group, image, stride, token_tile, columns, cache, b, kv_head, span, first_token, first, head_dim);
+                             const head_span& span, const tile_tokens& tokens, index_t first, index_t head_dim) {
+    stage_values(group, image, stride, token_tile, columns, cache, b, kv_head, span, tokens, first, head_dim);
   }
 
   /// image[t][i] = sum over c >= from of v[c] matrix(c, first + i), c ascending. Ends a phase; operands and image must
   /// be free when it begins.
   template <class Group, class Matrix>
   RESTKV_HD static void multiply(Group& group, operands& memory, float* image, const attention_problem<T>& problem,
-                                 index_t b, index_t kv_head, const head_span& span, index_t first_token, index_t first,
-                                 index_t from, const Matrix& matrix) {
+                                 index_t b, index_t kv_head, const head_span& span, const tile_tokens& tokens,
+                                 index_t first, index_t from, const Matrix& matrix) {
     constexpr int warps = Threads / warp_size;
     constexpr int tiles = token_tile / 16 * (columns / 16) / warps;
     auto sums = group.template accumulators<float, tiles>();
     for (index_t depth = from / columns * columns; depth < problem.head_dim; depth += columns) {
-      copy(group, memory.whole.values, problem.value, b, kv_head, span, first_token, depth, problem.head_dim);
+      copy(group, memory.whole.values, problem.value, b, kv_head, span, tokens, depth, problem.head_dim);
       group.for_each(columns * columns, [&](index_t item) {
         const index_t c = depth + item / columns;
         group.write(memory.whole.matrix[item / columns * stride + item % columns],
@@ -85,7 +85,7 @@ struct value_images {
   template <class Group>
   RESTKV_HD static void multiply_pieces(Group& group, operands& memory, float* image,
                                         const attention_problem<T>& problem, const metric_pieces<T>& factor, index_t b,
-                                        index_t head, const head_span& span, index_t first_token, index_t first) {
+                                        index_t head, const head_span& span, const tile_tokens& tokens, index_t first) {
     constexpr int warps = Threads / warp_size;
     constexpr int tiles = token_tile / 16 * (columns / 16) / warps;
     constexpr int step = 16 / static_cast<int>(sizeof(T));
@@ -94,7 +94,7 @@ struct value_images {
     for (index_t depth = first; depth < problem.head_dim; depth += columns) {
       stage_rows<Group, T>(group, memory.split.values, token_tile, columns, piece_stride, depth, problem.head_dim,
                            [&](index_t t) -> token_row<T> {
-                             const index_t n = first_token + t;
+                             const index_t n = tokens[t];
                              if (n >= span.length) return {};
                              return problem.value.row(b, kv_head, span.begin + n);
                            });
@@ -133,20 +133,20 @@ struct value_images {
   template <class Group>
   RESTKV_HD static void map(Group& group, operands& memory, float* image, const attention_problem<T>& problem,
                             const metric_source& metric, const metric_pieces<T>& factor, index_t b, index_t head,
-                            const head_span& span, index_t first_token, index_t first) {
+                            const head_span& span, const tile_tokens& tokens, index_t first) {
     const index_t kv_head = head / problem.group();
     if constexpr (sizeof(T) == 2) {
       if (factor.data != nullptr) {
-        multiply_pieces(group, memory, image, problem, factor, b, head, span, first_token, first);
+        multiply_pieces(group, memory, image, problem, factor, b, head, span, tokens, first);
         return;
       }
     }
     if (metric.factor == nullptr) {
-      copy(group, image, problem.value, b, kv_head, span, first_token, first, problem.head_dim);
+      copy(group, image, problem.value, b, kv_head, span, tokens, first, problem.head_dim);
       group.sync();
       return;
     }
-    multiply(group, memory, image, problem, b, kv_head, span, first_token, first, first,
+    multiply(group, memory, image, problem, b, kv_head, span, tokens, first, first,
              [&](index_t c, index_t r) { return r < problem.head_dim && r <= c ? metric.at(head, c, r) : 0.0f; });
   }
 };

@@ -30,11 +30,7 @@ struct needs_of {
   /// True where the temporal smoother may be a weighted sum; whether it is, `is_linear` says.
   static constexpr bool linear = linear_temporal_smoother<temporal>;
   /// Scores that can be bounded without the distances: see `bound_heads`.
-  static constexpr bool boundable =
-      has(set, feature::distance) &&
-      (set | feature::attention | feature::odds | feature::distance | feature::output_norm) ==
-          (feature::attention | feature::odds | feature::distance | feature::output_norm) &&
-      monotone_in_distance<score>() && monotone_temporal_smoother<temporal>;
+  static constexpr bool boundable = bounded_by_distance<Request>();
 };
 
 /// Hidden channels that W_O is applied to at a time.

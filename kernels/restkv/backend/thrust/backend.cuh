@@ -107,7 +107,7 @@ class thrust_backend {
   status window_drift(const Request& request, const layer_view<T, space>& layer, std::span<const index_t> most_attended,
                       scratch<Request>& scratch, tensor_view<double, 2, space> out) const {
     if constexpr (!on_thrust::needs_of<Request>::window) {
-      return on_thrust::guarded([&] { on_thrust::loop(system_.policy(), out.size(), clear_drift{out.data}); });
+      return on_thrust::guarded([&] { on_thrust::loop(system_.policy(), out.size(), on_thrust::clear_drift{out.data}); });
     } else {
       on_thrust::problem<T, space> p;
       RESTKV_RETURN_IF_FAILED(prepare(request, layer, scratch, p));
@@ -115,7 +115,7 @@ class thrust_backend {
       RESTKV_RETURN_IF_FAILED(upload(scratch.most_attended, most_attended));
       if (p.heads() == 0) return {};
       return on_thrust::guarded([&] {
-        if (p.tokens == 0) return on_thrust::loop(system_.policy(), out.size(), clear_drift{out.data});
+        if (p.tokens == 0) return on_thrust::loop(system_.policy(), out.size(), on_thrust::clear_drift{out.data});
         on_thrust::measure_drift(system_, p, scratch.slab(),
                                  scratch.parts_at_once(on_thrust::drift_memory::bytes_of_row(p.tokens)),
                                  scratch.most_attended, scratch.balance, out);
@@ -173,12 +173,6 @@ class thrust_backend {
   ///@}
 
  private:
-  struct clear_drift {
-    double* drift;
-
-    RESTKV_HD void operator()(index_t i) const noexcept { drift[i] = 0.0; }
-  };
-
   /// The layer as functors see it, and its table of heads in the scratch.
   template <class Request, element T>
   [[nodiscard]] status prepare(const Request& request, const layer_view<T, space>& layer, scratch<Request>& scratch,

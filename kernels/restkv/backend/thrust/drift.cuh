@@ -137,4 +137,11 @@ void measure_drift(const instance<System>& system, const Problem& p, const works
   loop(policy, p.heads(), finish_drift<Problem, Space>{p, most_attended, balance, out});
 }
 
+/// No drift, where there is nothing to measure. Not a member of the backend: nvcc's stubs could not name it there.
+struct clear_drift {
+  double* drift;
+
+  RESTKV_HD void operator()(index_t i) const noexcept { drift[i] = 0.0; }
+};
+
 }  // namespace restkv::on_thrust
