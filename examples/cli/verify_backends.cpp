@@ -39,6 +39,7 @@ constexpr std::array backends{
 #endif
 #if defined(RESTKV_CLI_CUDA)
     verified_backend{"cuda", nullptr, nullptr, random_on_cuda, false},
+    verified_backend{"thrust-cuda", nullptr, nullptr, random_on_thrust_cuda, false},
 #endif
 };
 
@@ -55,7 +56,7 @@ std::vector<const verified_backend*> find_backends(const std::string& name) {
     all += fmt::format("{}, ", backend.name);
   }
   if (!found.empty()) return found;
-  constexpr std::array others{"thrust-cpp", "thrust-omp", "host-kernels", "cuda"};
+  constexpr std::array others{"thrust-cpp", "thrust-omp", "host-kernels", "cuda", "thrust-cuda"};
   const bool is_known = std::find(others.begin(), others.end(), name) != others.end();
   throw input_error(fmt::format("--backend {}: {}; there are {}all", name,
                                 is_known ? "this program was built without it" : "there is no such backend", all));

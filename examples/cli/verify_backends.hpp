@@ -9,8 +9,7 @@
 
 #include "selection.hpp"
 #include "set_error.hpp"
-
-#include <restkv/verify/parity/report.hpp>
+#include "verify_outcome.hpp"
 
 #include <span>
 #include <string>
@@ -18,12 +17,6 @@
 #include <vector>
 
 namespace restkv::cli {
-
-/// Generated problems on one policy, compared with the reference.
-struct random_outcome {
-  const char* policy = "";
-  parity::report report{};
-};
 
 /// What a selection is run with.
 struct backend_request {
@@ -51,15 +44,6 @@ struct verified_backend {
 /// The backends of a name: one, all of them for "all", and eigen and reference for "". Throws input_error, with the
 /// names that there are.
 [[nodiscard]] std::vector<const verified_backend*> find_backends(const std::string& name);
-
-///@{
-/// Generated problems on one backend; each in a source of its own.
-[[nodiscard]] std::vector<random_outcome> random_on_eigen(const parity::options& how, int threads);
-[[nodiscard]] std::vector<random_outcome> random_on_thrust_cpp(const parity::options& how, int threads);
-[[nodiscard]] std::vector<random_outcome> random_on_thrust_omp(const parity::options& how, int threads);
-[[nodiscard]] std::vector<random_outcome> random_on_host_kernels(const parity::options& how, int threads);
-[[nodiscard]] std::vector<random_outcome> random_on_cuda(const parity::options& how, int threads);
-///@}
 
 ///@{
 /// A configuration on one backend, and the errors of a set; the scores are instantiated in sources beside it

@@ -179,8 +179,8 @@ void add_verify_command(CLI::App& app, invocation& run) {
                      "Case files with tensors expected.*, or known results of traces (NAME.expected.safetensors)");
   command.add_option(
       "--backend", options->backend,
-      "eigen, reference, thrust-cpp, thrust-omp, host-kernels, cuda, as far as they were built, or all; left "
-      "out: eigen and reference");
+      "eigen, reference, thrust-cpp, thrust-omp, host-kernels, cuda, thrust-cuda, as far as they were built, or all; "
+      "left out: eigen and reference");
   command
       .add_option("--random", options->random,
                   "Compare with the reference on N generated problems for each of three policies")

@@ -42,6 +42,19 @@ class RandomTest(ProgramTest):
                     self.assertEqual((entry['backend'], entry['outcome'], entry['cases']), (name, 'ok', 24))
                     self.assertGreater(entry['values_compared'], 1000)
 
+    def test_devices(self):
+        for name in ('cuda', 'thrust-cuda'):
+            with self.subTest(name):
+                done = self.run_program('verify', '--random', 24, '--seed', 5, '--backend', name)
+                if done.returncode == 0:
+                    self.assertEqual(done.stdout.count(f'24 random problems  {name}, '), 3)
+                    self.assertNotIn('MISMATCH', done.stdout)
+                elif 'built without it' in done.stderr:
+                    self.check_failure(done, f'--backend {name}')
+                else:
+                    self.check_failure(done, f'--backend {name}', 'CUDA error', 'cudaError')
+                self.check_failure(self.run_program('verify', CASE, '--backend', name), f'--backend {name}')
+
     def test_text(self):
         done = self.run_program('verify', CASE, '--backend', 'eigen', '--random', 3)
         self.assertEqual((done.returncode, done.stderr), (0, ''))
