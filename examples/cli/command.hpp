@@ -24,12 +24,19 @@ enum exit_status : int {
 /// A file, an option or a configuration that cannot be used; `what()` names it. Ends the program with exit_bad_input.
 class input_error : public std::runtime_error {
  public:
-  using std::runtime_error::runtime_error;
+  explicit input_error(const std::string& text, errc code = errc::invalid_argument)
+      : std::runtime_error(text), code_(code) {}
+  /// The kind of failure.
+  [[nodiscard]] errc code() const noexcept { return code_; }
+
+ private:
+  errc code_;
 };
 
 /// Throws an input_error that begins with `where` (a file, as a rule) unless `outcome` is ok.
 inline void require(const status& outcome, const std::string& where) {
-  if (!outcome.ok()) throw input_error(where.empty() ? outcome.message() : where + ": " + outcome.message());
+  if (outcome.ok()) return;
+  throw input_error(where.empty() ? outcome.message() : where + ": " + outcome.message(), outcome.code());
 }
 
 /// One run of the program: the options that every subcommand has, and its outcome.

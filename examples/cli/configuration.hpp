@@ -236,6 +236,31 @@ struct configuration {
   [[nodiscard]] bool needs_wo() const noexcept {
     return measures_through_wo() || rescoring == rescoring_kind::criticalkv || rescoring == rescoring_kind::defensive;
   }
+  /// True for methods that look at keys in some way.
+  [[nodiscard]] bool reads_keys() const noexcept {
+    return method != method_kind::valuerange && method != method_kind::lacache && method != method_kind::streamingllm &&
+           method != method_kind::random;
+  }
+  /// True for methods that look at values in some way.
+  [[nodiscard]] bool reads_values() const noexcept {
+    switch (method) {
+      case method_kind::snapkv:
+      case method_kind::adakv:
+      case method_kind::h2o:
+      case method_kind::tova: return rescoring != rescoring_kind::none;
+      case method_kind::keyformer:
+      case method_kind::rkv:
+      case method_kind::knorm:
+      case method_kind::keydiff:
+      case method_kind::leverage:
+      case method_kind::qfilter:
+      case method_kind::keyredundancy:
+      case method_kind::lacache:
+      case method_kind::streamingllm:
+      case method_kind::random: return false;
+      default: return true;
+    }
+  }
   [[nodiscard]] budget_size size() const noexcept {
     if (compression_ratio == 0.0) return budget;
     return budget_size::keep_ratio(1.0 - compression_ratio);

@@ -1,12 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "configuration.hpp"
 
-#include "command.hpp"
-#include "output.hpp"
 #include "policy_table.hpp"
 
 #include <CLI/CLI.hpp>
-#include <fmt/format.h>
 #include <nlohmann/json.hpp>
 
 #include <type_traits>
@@ -40,24 +37,6 @@ void add_key_option(CLI::App& command, const key_facts& key, const std::shared_p
             key.option, [keys, name](const number& value) { (*keys)[name] = value; }, key.meaning)
         ->group("Configuration");
   }
-}
-
-/// A policy by its name in the table, or in the library.
-configuration policy_of(const std::string& name) {
-  if (const named_policy* known = find_policy(name); known != nullptr) {
-    if (known->refined != refinement::none) {
-      throw input_error(fmt::format("{} is more than a selection from the prompt: only compare has it", name));
-    }
-    return known->policy;
-  }
-  std::string all;
-  for (const char* preset_name : {"snap_kv", "streaming_llm", "random"}) {
-    if (name == preset_name) return preset(name);
-    all += std::string(preset_name) + ", ";
-  }
-  for (const named_policy& policy : policy_table())
-    all += policy.name + (&policy == &policy_table().back() ? "" : ", ");
-  throw input_error(fmt::format("there is no preset {}; known are: {}", one_line(name), all));
 }
 
 }  // namespace

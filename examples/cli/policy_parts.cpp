@@ -49,6 +49,11 @@ rest_kv rest_kv_of(const configuration& c) {
           .normalised = c.use_norm};
 }
 
+position_score position_score_of(const configuration& c) {
+  if (c.method == method_kind::streamingllm) return {.choice = streaming_llm{}};
+  return {.choice = random_score{.seed = c.seed}};
+}
+
 caote_rescoring caote_rescoring_of(const configuration& c) {
   return {.output = c.rescoring == rescoring_kind::fastcaote ? caote_output::mean : caote_output::weighted};
 }
@@ -58,15 +63,16 @@ namespace {
 /// Mean and covariance of the queries that are there, as they will be at the positions to come where RoPE is known.
 void find_query_statistics(const configuration& c, const layer_view<float>& layer, bool with_covariance,
                            cache_score& memory, const std::string& where) {
+  const index_t batch = layer.query.extent(0);
   const index_t heads = layer.query.extent(1);
   const index_t rows = layer.query.extent(2);
   const index_t channels = layer.query.extent(3);
   const index_t tokens = layer.key.extent(2);
-  memory.mean.assign(static_cast<std::size_t>(heads * channels), 0.0);
-  query_statistics_view statistics{.mean = {memory.mean.data(), {1, heads, channels}}};
+  memory.mean.assign(static_cast<std::size_t>(batch * heads * channels), 0.0);
+  query_statistics_view statistics{.mean = {memory.mean.data(), {batch, heads, channels}}};
   if (with_covariance) {
-    memory.covariance.assign(static_cast<std::size_t>(heads * channels * channels), 0.0);
-    statistics.covariance = {memory.covariance.data(), {1, heads, channels, channels}};
+    memory.covariance.assign(static_cast<std::size_t>(batch * heads * channels * channels), 0.0);
+    statistics.covariance = {memory.covariance.data(), {batch, heads, channels, channels}};
   }
   std::vector<double> frequencies;
   if (c.rope_theta != 0.0) {
@@ -129,9 +135,10 @@ any_query_head_score query_head_score_of(const configuration& c, const layer_vie
                                          const std::string& where) {
   const bool with_covariance = c.method == method_kind::expectedattention && c.use_covariance;
   find_query_statistics(c, layer, with_covariance, memory, where);
+  const index_t batch = layer.query.extent(0);
   const index_t heads = layer.query.extent(1);
   const index_t channels = layer.query.extent(3);
-  const tensor_view<const double, 3> mean(memory.mean.data(), {1, heads, channels});
+  const tensor_view<const double, 3> mean(memory.mean.data(), {batch, heads, channels});
   if (c.method == method_kind::capkv) {
     return {{.choice = cap_kv{.mean = mean, .tau = static_cast<double>(c.tau), .sink = c.n_sink, .cosine = c.cosine}}};
   }
@@ -140,7 +147,7 @@ any_query_head_score query_head_score_of(const configuration& c, const layer_vie
                            .use_covariance = c.use_covariance,
                            .use_value_norm = c.use_vnorm,
                            .epsilon = static_cast<double>(c.epsilon)};
-  if (with_covariance) score.covariance = {memory.covariance.data(), {1, heads, channels, channels}};
+  if (with_covariance) score.covariance = {memory.covariance.data(), {batch, heads, channels, channels}};
   return {{.choice = score}};
 }
 

@@ -11,20 +11,49 @@
 #include <restkv/runtime_scores.hpp>
 
 #include <string>
+#include <variant>
 #include <vector>
 
 namespace restkv::cli {
+
+/// A score that looks at positions alone: `streaming_llm` or `random_score`.
+struct position_score {
+  std::variant<streaming_llm, random_score> choice{};
+
+  static constexpr feature needs = feature::none;
+
+  template <std::floating_point Real>
+  [[nodiscard]] Real operator()(const token_features<Real>& token) const noexcept {
+    return std::visit([&](const auto& score) -> Real { return score(token); }, choice);
+  }
+};
 
 [[nodiscard]] any_temporal temporal_of(const configuration& c);
 [[nodiscard]] any_spatial spatial_of(const configuration& c);
 [[nodiscard]] any_budget budget_of(const configuration& c);
 [[nodiscard]] rest_kv rest_kv_of(const configuration& c);
+[[nodiscard]] position_score position_score_of(const configuration& c);
 [[nodiscard]] caote_rescoring caote_rescoring_of(const configuration& c);
+
+/// The policy that a configuration describes, with a score of its method.
+template <any_score Score, rescorer Rescoring = no_rescoring>
+[[nodiscard]] eviction_policy<Score, any_temporal, any_spatial, any_budget, Rescoring> policy_with(
+    const configuration& c, const Score& score, index_t window, const Rescoring& rescoring = {}) {
+  return {.score = score,
+          .window = window,
+          .temporal = temporal_of(c),
+          .spatial = spatial_of(c),
+          .group = c.group,
+          .rescoring = rescoring,
+          .budget = budget_of(c),
+          .protect = {.sink = c.n_sink, .recent = c.protected_recent()},
+          .granularity = {.tokens = c.unit, .reduce = c.reduce, .shared = c.shared}};
+}
 
 /// A score of the cache, and what it points to.
 struct cache_score {
-  std::vector<double> mean;        ///< of each query head's queries, [query_heads, head_dim]
-  std::vector<double> covariance;  ///< [query_heads, head_dim, head_dim]
+  std::vector<double> mean;        ///< of each query head's queries, [batch, query_heads, head_dim]
+  std::vector<double> covariance;  ///< [batch, query_heads, head_dim, head_dim]
   std::vector<float> filters;      ///< [kv_heads, head_dim]
 };
 

@@ -1,6 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "policy_table.hpp"
 
+#include "command.hpp"
+#include "output.hpp"
+
+#include <fmt/format.h>
+
 #include <algorithm>
 
 namespace restkv::cli {
@@ -171,6 +176,23 @@ const named_policy* find_policy(const std::string& name) {
   const auto& table = policy_table();
   const auto at = std::find_if(table.begin(), table.end(), [&](const named_policy& p) { return p.name == name; });
   return at == table.end() ? nullptr : &*at;
+}
+
+configuration policy_of(const std::string& name) {
+  if (const named_policy* known = find_policy(name); known != nullptr) {
+    if (known->refined != refinement::none) {
+      throw input_error(fmt::format("{} is more than a selection from the prompt: only compare has it", name));
+    }
+    return known->policy;
+  }
+  std::string all;
+  for (const char* preset_name : {"snap_kv", "streaming_llm", "random"}) {
+    if (name == preset_name) return preset(name);
+    all += std::string(preset_name) + ", ";
+  }
+  for (const named_policy& policy : policy_table())
+    all += policy.name + (&policy == &policy_table().back() ? "" : ", ");
+  throw input_error(fmt::format("there is no preset {}; known are: {}", one_line(name), all));
 }
 
 }  // namespace restkv::cli

@@ -40,4 +40,8 @@ struct named_policy {
 /// The policy of that name; null where there is none.
 [[nodiscard]] const named_policy* find_policy(const std::string& name);
 
+/// A policy by its name in the table, or in the library. Throws input_error for one that is not known, or is more than a
+/// selection from the prompt.
+[[nodiscard]] configuration policy_of(const std::string& name);
+
 }  // namespace restkv::cli

@@ -30,18 +30,6 @@
 
 namespace restkv::cli {
 
-/// A score that looks at positions alone: `streaming_llm` or `random_score`.
-struct position_score {
-  std::variant<streaming_llm, random_score> choice{};
-
-  static constexpr feature needs = feature::none;
-
-  template <std::floating_point Real>
-  [[nodiscard]] Real operator()(const token_features<Real>& token) const noexcept {
-    return std::visit([&](const auto& score) -> Real { return score(token); }, choice);
-  }
-};
-
 /// A configuration on a layer, on one backend.
 template <tensor_backend Backend>
 class policy_runner {
@@ -54,8 +42,9 @@ class policy_runner {
   [[nodiscard]] selection run() {
     check_rescoring();
     if (c_.over_layers()) {
-      throw input_error(fmt::format("{}{}the allocation {} is over the layers of a model, which compare knows", where_,
-                                    where_.empty() ? "" : ": ", name_of(c_.allocation)));
+      throw input_error(fmt::format("{}{}the allocation {} is over the layers of a model: one layer has no share of it",
+                                    where_, where_.empty() ? "" : ": ", name_of(c_.allocation)),
+                        errc::unsupported);
     }
     switch (c_.method) {
       case method_kind::snapkv:
@@ -138,43 +127,34 @@ template <tensor_backend Backend>
 template <any_score Score, rescorer Rescoring>
 selection policy_runner<Backend>::run_score(const Score& score, const Rescoring& rescoring) {
   using real = typename Backend::score_type;
-  const eviction_policy<Score, any_temporal, any_spatial, any_budget, Rescoring> policy{
-      .score = score,
-      .window = c_.window_of(layer_),
-      .temporal = temporal_of(c_),
-      .spatial = spatial_of(c_),
-      .group = c_.group,
-      .rescoring = rescoring,
-      .budget = budget_of(c_),
-      .protect = {.sink = c_.n_sink, .recent = c_.protected_recent()},
-      .granularity = {.tokens = c_.unit, .reduce = c_.reduce, .shared = c_.shared}};
+  const auto policy = policy_with(c_, score, c_.window_of(layer_), rescoring);
   const problem_shape shape = shape_of(layer_, c_.layer_index, c_.layer_count);
   plan<std::remove_const_t<decltype(policy)>> plan;
   require(make_plan(backend_, policy, shape, plan), where_);
 
   const bool shows_scores = what_ == inspection::scores;
   selection result;
+  result.batch = shape.batch;
   result.heads = plan.heads;
   result.past = make_score_request(policy, shape).past_of(shape.tokens);
-  result.drift.resize(static_cast<std::size_t>(plan.heads));
-  const auto elements = static_cast<std::size_t>(shows_scores ? plan.heads * shape.tokens : 0);
+  const index_t rows = shape.batch * plan.heads;
+  result.drift.resize(static_cast<std::size_t>(rows));
+  const auto elements = static_cast<std::size_t>(shows_scores ? rows * shape.tokens : 0);
   std::vector<real> scores(elements);
   std::vector<real> smoothed(elements);
-  const selection_details<real> details{{scores.data(), {1, plan.heads, shape.tokens}},
-                                        {smoothed.data(), {1, plan.heads, shape.tokens}},
-                                        {result.drift.data(), {1, plan.heads}}};
+  const selection_details<real> details{{scores.data(), {shape.batch, plan.heads, shape.tokens}},
+                                        {smoothed.data(), {shape.batch, plan.heads, shape.tokens}},
+                                        {result.drift.data(), {shape.batch, plan.heads}}};
   std::vector<std::byte> memory(plan.workspace_bytes);
   kept_tokens kept;
   const auto begin = std::chrono::steady_clock::now();
   require(select(backend_, plan, layer_, workspace(memory), kept, shows_scores ? &details : nullptr), where_);
   result.seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
 
-  for (index_t h = 0; h < plan.heads; ++h) {
-    result.lengths.push_back(kept.lengths(0, h));
-    result.positions.insert(result.positions.end(), kept.positions.data + h * kept.capacity(),
-                            kept.positions.data + (h + 1) * kept.capacity());
-    if (!shows_scores) continue;
-    const auto row = [&](const std::vector<real>& all) { return all.begin() + h * shape.tokens; };
+  result.lengths.assign(kept.lengths.data, kept.lengths.data + rows);
+  result.positions.assign(kept.positions.data, kept.positions.data + rows * kept.capacity());
+  for (index_t i = 0; shows_scores && i < rows; ++i) {
+    const auto row = [&](const std::vector<real>& all) { return all.begin() + i * shape.tokens; };
     result.score.insert(result.score.end(), row(scores), row(scores) + result.past);
     result.smoothed.insert(result.smoothed.end(), row(smoothed), row(smoothed) + result.past);
   }
@@ -243,8 +223,7 @@ selection policy_runner<Backend>::run_cache() {
 
 template <tensor_backend Backend>
 selection policy_runner<Backend>::run_positions() {
-  if (c_.method == method_kind::streamingllm) return run_score(position_score{.choice = streaming_llm{}});
-  return run_score(position_score{.choice = random_score{.seed = c_.seed}});
+  return run_score(position_score_of(c_));
 }
 
 }  // namespace restkv::cli

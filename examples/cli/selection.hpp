@@ -12,24 +12,31 @@
 #include <string>
 #include <vector>
 
+namespace restkv {
+class eigen_backend;
+}
+
 namespace restkv::cli {
 
-/// What a selection saw and chose. Rows are query heads where the configuration's group is none, else KV heads.
+/// What a selection saw and chose. Heads are query heads where the configuration's group is none, else KV heads. Files hold
+/// one sequence.
 struct selection {
+  index_t batch = 1;
   index_t heads = 0;
   index_t past = 0;                   ///< tokens before the observed window: those that have scores
-  std::vector<double> score;          ///< before spatial smoothing, [heads, past]
-  std::vector<double> smoothed;       ///< after it, [heads, past]
-  std::vector<double> drift;          ///< [heads]; 0 unless the spatial smoother is adaptive
-  std::vector<position_t> positions;  ///< [heads, capacity]
-  std::vector<position_t> lengths;    ///< [heads]
+  std::vector<double> score;          ///< before spatial smoothing, [batch, heads, past]
+  std::vector<double> smoothed;       ///< after it, [batch, heads, past]
+  std::vector<double> drift;          ///< [batch, heads]; 0 unless the spatial smoother is adaptive
+  std::vector<position_t> positions;  ///< [batch, heads, capacity]
+  std::vector<position_t> lengths;    ///< [batch, heads]
   double seconds = 0;                 ///< what `select` took, without planning and memory
 
   [[nodiscard]] const_kept_tokens kept() const noexcept {
-    const index_t capacity = heads == 0 ? 0 : static_cast<index_t>(positions.size()) / heads;
-    return {{positions.data(), {1, heads, capacity}}, {lengths.data(), {1, heads}}};
+    const index_t rows = batch * heads;
+    const index_t capacity = rows == 0 ? 0 : static_cast<index_t>(positions.size()) / rows;
+    return {{positions.data(), {batch, heads, capacity}}, {lengths.data(), {batch, heads}}};
   }
-  /// The kept positions of one head, ascending.
+  /// The kept positions of one head of the first sequence, ascending.
   [[nodiscard]] std::vector<position_t> kept_of(index_t head) const;
   /// Those that lie before the window.
   [[nodiscard]] std::vector<position_t> kept_past(index_t head) const;
@@ -61,6 +68,8 @@ enum class inspection { scores, kept_only };
 
 /// Each throws input_error, beginning with `where`, when the policy cannot be run on the layer.
 [[nodiscard]] selection run_eigen(const configuration& c, const layer_view<float>& layer, int threads,
+                                  const std::string& where, inspection what = inspection::scores);
+[[nodiscard]] selection run_eigen(const configuration& c, const layer_view<float>& layer, eigen_backend& backend,
                                   const std::string& where, inspection what = inspection::scores);
 [[nodiscard]] selection run_reference(const configuration& c, const layer_view<float>& layer, score_memory& memory,
                                       const std::string& where);
