@@ -5,7 +5,7 @@
 check_snippets.py ROOT --pages PATTERN... --sources SOURCE... [--shorter FILE ID LINES]
 
   - Every block of C++ stands word for word, indentation aside, in one of the sources: those that tests compile and run.
-  - Every block says its language, so that none escapes.
+  - Every block says its language, so that none escapes. Python is run by examples/python/tests/test_pages.py.
   - Every \\snippet is taken from one of the sources.
   - Commands in blocks of shell that begin with a file of the project name one that exists and can be run.
   - Relative links lead to files that exist.
@@ -18,7 +18,7 @@ import re
 import sys
 
 CPP = {"cpp", "c++", "{.cpp}"}
-KNOWN = CPP | {"sh", "text", "json", "meson", "cmake", "make"}
+KNOWN = CPP | {"python", "sh", "text", "json", "meson", "cmake", "make"}
 BUILT = ("build", "./build")  # made by the commands before
 
 
