@@ -8,6 +8,7 @@ first token of an answer comes from the full one.
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +17,10 @@ from typing import Any, Literal
 import restkv
 import torch
 from restkv.transformers import RestKVCache
+from transformers import DynamicCache
 
+from . import presses
+from .presses import PressVariant
 from .tasks.task import LikelihoodSample, Sample, join
 
 # When the question comes: before the eviction, or only to the compressed cache.
@@ -40,6 +44,26 @@ class Prompt:
 
     before: torch.Tensor  # [1, n]: prefilled
     after: torch.Tensor  # [1, m], m >= 1: read through the compressed cache
+
+
+class PressedCache:
+    """A cache that a press made, which knows less of its tokens than came: with the positions of those to come."""
+
+    def __init__(self, cache: DynamicCache, seen: int):
+        self.cache = cache
+        self.seen = seen
+
+    def next_positions(self, tokens: int) -> torch.Tensor:
+        """`position_ids` [1, tokens]; they are counted as read."""
+        first, self.seen = self.seen, self.seen + tokens
+        return torch.arange(first, self.seen)[None]
+
+    def attention_mask(self, tokens: int) -> None:
+        """None is needed: there is one sequence, and no padding."""
+
+    def fork(self) -> PressedCache:
+        """A copy that goes its own way."""
+        return PressedCache(copy.deepcopy(self.cache), self.seen)
 
 
 class Engine:
@@ -100,11 +124,16 @@ class Engine:
         return cache
 
     def answers(
-        self, sample: Sample | LikelihoodSample, variants: Mapping[Any, restkv.Policy | None], question: Question
+        self,
+        sample: Sample | LikelihoodSample,
+        variants: Mapping[Any, restkv.Policy | PressVariant | None],
+        question: Question,
     ) -> dict[Any, Answer]:
         """What each variant answers. One whose policy refuses the prompt, as a budget below what it protects, answers
         with the error."""
         prompt = self.prompt(sample, question)
+        by_press = {name: v for name, v in variants.items() if isinstance(v, PressVariant)}
+        variants = {name: v for name, v in variants.items() if name not in by_press}
         full = self.prefill(prompt, list(variants.values()))
         everything = full.bytes()
         answers: dict[Any, Answer] = {}
@@ -122,16 +151,35 @@ class Engine:
             else:
                 outcomes = self.judge(stacked, prompt.after, len(group), sample)
             for name, bytes_, outcome in zip(group, stored, outcomes, strict=True):
-                fields = {"text": outcome} if isinstance(sample, Sample) else {"log_likelihoods": outcome}
-                answers[name] = Answer(bytes_, bytes_ / everything, **fields)
+                answers[name] = as_answer(outcome, bytes_, everything)
+        for name, press in by_press.items():
+            answers[name] = self.answer_by_press(prompt, sample, press, everything)
         return answers
 
-    def forward(self, cache: RestKVCache, tokens: torch.Tensor, keep: int) -> torch.Tensor:
+    @torch.inference_mode()
+    def answer_by_press(
+        self, prompt: Prompt, sample: Sample | LikelihoodSample, press: PressVariant, everything: int
+    ) -> Answer:
+        """What a press of kvpress answers: with a prefill, and decoding, of its own."""
+        attention = self.model.config._attn_implementation
+        try:
+            cache, bytes_ = presses.compressed(self.model, self.cache_argument, prompt.before, press)
+            pressed = PressedCache(cache, prompt.before.shape[1])
+            read = self.write if isinstance(sample, Sample) else self.judge
+            return as_answer(read(pressed, prompt.after, 1, sample)[0], bytes_, everything)
+        except restkv.Error as error:
+            return Answer(0, 0.0, error=str(error))
+        finally:
+            self.model.set_attn_implementation(attention)
+            for layer in self.model.model.layers:
+                layer.self_attn.masked_key_indices = None
+
+    def forward(self, cache: RestKVCache | PressedCache, tokens: torch.Tensor, keep: int) -> torch.Tensor:
         """Logits [batch, keep, vocabulary] of the last tokens."""
         count = tokens.shape[1]
         return self.model(
             tokens,
-            **{self.cache_argument: cache},
+            **{self.cache_argument: cache.cache if isinstance(cache, PressedCache) else cache},
             attention_mask=cache.attention_mask(count),
             position_ids=cache.next_positions(count),
             use_cache=True,
@@ -139,7 +187,7 @@ class Engine:
         ).logits
 
     @torch.inference_mode()
-    def write(self, cache: RestKVCache, after: torch.Tensor, rows: int, sample: Sample) -> list[str]:
+    def write(self, cache: RestKVCache | PressedCache, after: torch.Tensor, rows: int, sample: Sample) -> list[str]:
         """Greedy decoding of all rows, until each has ended."""
         tokens = after.expand(rows, -1)
         written: list[list[int]] = [[] for _ in range(rows)]
@@ -162,7 +210,7 @@ class Engine:
 
     @torch.inference_mode()
     def judge(
-        self, cache: RestKVCache, after: torch.Tensor, rows: int, sample: LikelihoodSample
+        self, cache: RestKVCache | PressedCache, after: torch.Tensor, rows: int, sample: LikelihoodSample
     ) -> list[tuple[float, ...]]:
         """Log-likelihood of each choice behind the prompt, in nats, summed over its tokens."""
         choices = [self.tokenizer.encode(choice, add_special_tokens=False) for choice in sample.choices]
@@ -180,6 +228,12 @@ class Engine:
                 total = total + likelihoods.double().sum((1, 2))
             sums.append(total)
         return [tuple(row) for row in torch.stack(sums, 1).tolist()]
+
+
+def as_answer(outcome: str | tuple[float, ...], stored: int, everything: int) -> Answer:
+    """A text or log-likelihoods, with the bytes they come from."""
+    fields: dict[str, Any] = {"text": outcome} if isinstance(outcome, str) else {"log_likelihoods": outcome}
+    return Answer(stored, stored / everything, **fields)
 
 
 def batches(

@@ -18,7 +18,45 @@ from .variants import FULL_CACHE
 def draw(results: pd.DataFrame, table: pd.DataFrame, out: Path) -> list[Path]:
     """Draws what the results have; returns the files."""
     files = [quality_against_bytes(cell, str(question), out) for question, cell in table.groupby("question")]
+    needles = results[results["depth"].notna()]
+    for (task, question, budget), cell in needles.groupby(["task", "question", needles["budget"].fillna(0)]):
+        if cell["depth"].nunique() > 1:
+            files.append(depth_by_length(cell, f"{task}, question {question}", float(budget), out))
     return files
+
+
+def depth_by_length(cell: pd.DataFrame, title: str, budget: float, out: Path) -> Path:
+    """A heat map a policy: the score of needles by the length of the text and the depth they lie at."""
+    policies = sorted(cell["policy"].unique(), key=lambda p: (-cell.loc[cell["policy"] == p, "score"].mean(), p))
+    columns = min(4, len(policies))
+    rows = -(-len(policies) // columns)
+    figure, grid = plt.subplots(
+        rows,
+        columns,
+        figsize=(2.6 * columns, 2.6 * rows + 0.5),
+        layout="constrained",
+        sharex=True,
+        sharey=True,
+        squeeze=False,
+    )
+    for axes, policy in zip(grid.flat, policies, strict=False):
+        table = cell[cell["policy"] == policy].pivot_table(index="depth", columns="tokens", values="score")
+        image = axes.imshow(table.to_numpy(), vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
+        axes.set_title(f"{policy} {np.nanmean(table.to_numpy()):.2f}", fontsize=7)
+        axes.set_xticks(range(table.shape[1]), [f"{tokens:g}" for tokens in table.columns], fontsize=6, rotation=45)
+        axes.set_yticks(range(table.shape[0]), [f"{depth:.0%}" for depth in table.index], fontsize=6)
+    for axes in grid.flat[len(policies) :]:
+        axes.set_visible(False)
+    figure.colorbar(image, ax=grid, shrink=0.6)
+    figure.supxlabel("tokens", fontsize=8)
+    figure.supylabel("depth", fontsize=8)
+    kept = f", {budget:g} tokens a head" if budget >= 1 else f", {budget:.0%} kept" if budget > 0 else ", full cache"
+    figure.suptitle(title + kept, fontsize=9)
+    name = title.replace("/", ".").replace(", question ", ".")
+    path = out / f"depth.{name}.{budget:g}.svg"
+    figure.savefig(path)
+    plt.close(figure)
+    return path
 
 
 def quality_against_bytes(table: pd.DataFrame, question: str, out: Path) -> Path:

@@ -32,6 +32,7 @@ def load(folder: Path) -> pd.DataFrame:
                     {
                         **common,
                         "sample": sample["sample"],
+                        "depth": sample.get("meta", {}).get("depth", np.nan),
                         "policy": policy or name,
                         "budget": float(budget) if policy else np.nan,
                         "score": result["score"],

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,9 @@ import restkv
 import torch
 from tqdm import tqdm
 
-from . import tasks
+from . import presses, tasks
 from .engine import Answer, Engine, Question
+from .presses import PressVariant
 from .records import Records
 from .tasks.task import LikelihoodSample, Sample
 from .variants import FULL_CACHE, Comparison, budgeted, variant
@@ -74,14 +75,21 @@ def run_cell(engine: Engine, plan: Run, task_name: str, tokens: int, question: Q
     header = header_of(plan, task_name, task.metric, tokens, question)
     records = Records.open(plan.out / file_name(task_name, tokens, question), header)
     samples = task.samples(plan.samples, tokens, engine.tokenizer, plan.comparison.seed)
-    named = {name: variant(name, plan.comparison) for name in plan.policies}
+    named = {
+        name: presses.parsed(name, plan.comparison)
+        if name.startswith(presses.PREFIX)
+        else variant(name, plan.comparison)
+        for name in plan.policies
+    }
     for sample in tqdm(samples, total=plan.samples, desc=f"{task_name} {tokens} {question}", unit="sample"):
         length = engine.prompt(sample, question).before.shape[1]
-        wanted: dict[str, restkv.Policy | None] = {FULL_CACHE: None}
+        wanted: dict[str, restkv.Policy | PressVariant | None] = {FULL_CACHE: None}
         for budget in plan.budgets:
             kept = round(budget * length) if budget < 1 else int(budget)
             for name, policy in named.items():
-                if policy is not None:
+                if isinstance(policy, PressVariant):
+                    wanted[f"{name}@{budget:g}"] = replace(policy, budget=kept)
+                elif policy is not None:
                     wanted[f"{name}@{budget:g}"] = budgeted(policy, kept, engine.query_heads, engine.kv_heads)
         missing = {name: policy for name, policy in wanted.items() if not records.has(sample.id, name)}
         if not missing:

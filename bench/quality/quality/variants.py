@@ -6,6 +6,7 @@ Two kinds of rows:
     NAME            the policy's score, reduction and budget with the comparison's window, protection and pooling width,
                     so that scores are compared and not widths
     published/NAME  the policy as its authors run it
+    kvpress/NAME    a class of kvpress, run by kvpress (`presses`)
 
 `full_cache` keeps everything.
 """

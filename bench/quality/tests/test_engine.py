@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -10,8 +12,9 @@ transformers = pytest.importorskip("transformers")
 restkv = pytest.importorskip("restkv")
 
 from quality.engine import Engine, cut_at
+from quality.presses import parsed
 from quality.tasks.task import LikelihoodSample, Sample
-from quality.variants import budgeted
+from quality.variants import Comparison, budgeted
 
 WORDS = ["alpha", "beta", "gamma", "delta", "eta", "theta", "iota", "kappa", "mu", "nu", "xi", "pi", "rho", "tau"]
 
@@ -150,3 +153,32 @@ def test_a_sample_without_a_context_is_refused(engine):
 def test_text_ends_at_the_first_stop():
     assert cut_at("one\n\ntwo Q: three", ["Q:", "\n\n"]) == "one"
     assert cut_at("one", ["Q:"]) == "one"
+
+
+@pytest.mark.parametrize("tokens", [64, 120])
+def test_kvpress_answers_as_the_same_policy_of_ours(engine, tokens):
+    """SnapKV and KeyDiff, by kvpress and by restkv: other code for scores, eviction, cache and decoding."""
+    pytest.importorskip("kvpress")
+    comparison = Comparison(window=16, sinks=0, width=5)
+    press = {name: parsed(f"kvpress/{name}", comparison) for name in ("SnapKVPress", "KeyDiffPress")}
+    variants = {
+        "snap": restkv.policy("snap_kv_kv_heads", window=16, recent=16, kernel=5, budget=tokens),
+        "SnapKVPress": replace(press["SnapKVPress"], budget=tokens),
+        "diff": restkv.policy("key_diff", n_sink=0, recent=0, budget=tokens),
+        "KeyDiffPress": replace(press["KeyDiffPress"], budget=tokens),
+    }
+    for question in ("aware", "agnostic"):
+        answers = engine.answers(sample(), variants, question)
+        assert answers["snap"].text == answers["SnapKVPress"].text
+        assert answers["diff"].text == answers["KeyDiffPress"].text
+        assert len({(a.bytes, a.kept, a.error) for a in answers.values()}) == 1
+    of = LikelihoodSample("two", sample().context, " so:", [" one", " no"], 1)
+    likelihoods = engine.answers(of, variants, "agnostic")
+    assert likelihoods["SnapKVPress"].log_likelihoods == pytest.approx(likelihoods["snap"].log_likelihoods, abs=1e-3)
+    assert engine.model.config._attn_implementation == "restkv"
+
+
+def test_a_press_that_kvpress_does_not_have_is_said(engine):
+    pytest.importorskip("kvpress")
+    variants = {"full": None, "none": replace(parsed("kvpress/NoSuchPress", Comparison()), budget=64)}
+    assert "NoSuchPress" in engine.answers(sample(), variants, "aware")["none"].error

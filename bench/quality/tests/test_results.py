@@ -95,10 +95,11 @@ def test_tables_take_only_samples_that_all_variants_answered(tmp_path):
     folder = tmp_path / "results"
     records = Records.open(folder / "cell.jsonl", HEADER)
     for i in range(10):
+        depth = {"meta": {"depth": i % 5 / 4}}
         scores = {"full_cache": 1.0, "standard@64": float(i % 2), "tova@64": 0.0}
         if i == 9:
             del scores["tova@64"]
-        records.append(line(str(i), **scores))
+        records.append(line(str(i), **scores) | depth)
     table = summary(load(folder)).set_index("policy")
     assert table.loc["standard", "samples"] == 9
     assert table.loc["standard", "score"] == pytest.approx(4 / 9)
@@ -106,6 +107,7 @@ def test_tables_take_only_samples_that_all_variants_answered(tmp_path):
     assert table.loc["standard", "of full"] == pytest.approx(4 / 9)
     files = write(folder, tmp_path / "report")
     assert all(file.stat().st_size > 100 for file in files)
+    assert sum(file.name.startswith("depth.niah.number.aware") for file in files) == 2  # a budget, and the full cache
     assert "| standard" in (tmp_path / "report" / "summary.md").read_text()
 
 
