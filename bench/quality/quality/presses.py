@@ -65,8 +65,6 @@ def compressed(
     evicted entries, which attention passes over: they are not counted."""
     press = variant.press(before.shape[1])
     model.set_attn_implementation("sdpa")
-    for layer in model.model.layers:
-        layer.self_attn.masked_key_indices = None
     cache = DynamicCache()
     with press(model):
         model.model(before, **{cache_argument: cache})

@@ -38,11 +38,9 @@ class Records:
     @classmethod
     def read(cls, path: Path) -> Records:
         """A file as it is."""
-        lines = path.read_text(encoding="utf-8").split("\n")
-        if lines[-1] != "":
-            lines = lines[:-1] + [""]  # the last line was cut off while it was written
+        lines = path.read_text(encoding="utf-8").split("\n")[:-1]  # what has no end was cut off while it was written
         try:
-            parsed = [json.loads(line) for line in lines if line]
+            parsed = [json.loads(line) for line in lines]
             header, samples = parsed[0], parsed[1:]
             records = cls(path, header)
             for sample in samples:
@@ -65,7 +63,7 @@ class Records:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         if not self.path.exists():
             self.path.write_text(json.dumps(self.header, ensure_ascii=False) + "\n", encoding="utf-8")
-        elif not self.samples or self.cut_off():
+        elif self.cut_off():
             self.rewrite()
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(sample, ensure_ascii=False) + "\n")

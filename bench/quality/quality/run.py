@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import restkv
-import torch
 from tqdm import tqdm
 
 from . import presses, tasks
@@ -116,11 +115,3 @@ def as_result(task: Any, sample: Sample | LikelihoodSample, answer: Answer) -> d
         return {"score": float(task.score(answer.text, sample)), **result, "text": answer.text}
     score = float(task.score_likelihoods(answer.log_likelihoods, sample))
     return {"score": score, **result, "log_likelihoods": [round(x, 6) for x in answer.log_likelihoods]}
-
-
-def describe(engine: Engine) -> dict[str, Any]:
-    """The machine and the versions, for a report."""
-    import transformers
-
-    cuda = torch.cuda.get_device_name() if engine.model.device.type == "cuda" else None
-    return {"device": cuda or "CPU", "torch": torch.__version__, "transformers": transformers.__version__}
