@@ -24,12 +24,31 @@ bool same_bits(const std::vector<float>& a, const std::vector<float>& b) {
   return a.size() == b.size() && (a.empty() || std::memcmp(a.data(), b.data(), a.size() * sizeof(float)) == 0);
 }
 
+/// Where segments begin, in rows that differ; for every layer here.
+const tensor_view<const std::uint8_t, 2>& random_segments() {
+  constexpr index_t sequences = 3, tokens = 150;
+  static const std::vector<std::uint8_t> begins = [] {
+    random_engine random(3);
+    std::vector<std::uint8_t> bits(sequences * tokens);
+    for (std::uint8_t& bit : bits) bit = chance(random, 20) ? 1 : 0;
+    return bits;
+  }();
+  static const tensor_view<const std::uint8_t, 2> view(begins.data(), {sequences, tokens});
+  return view;
+}
+
 /// A policy of random parts.
 any_policy random_policy(random_engine& random, index_t tokens) {
   any_policy policy{.window = pick(random, 1, 12)};
-  switch (pick(random, 0, 3)) {
+  switch (pick(random, 0, 5)) {
     case 0:
       policy.spatial.choice = no_pool{};
+      break;
+    case 4:
+      policy.spatial.choice = following_pool{.width = static_cast<int>(pick(random, 1, 9))};
+      break;
+    case 5:
+      policy.spatial.choice = segment_pool{random_segments()};
       break;
     case 1:
       policy.spatial.choice = average_pool{.width = static_cast<int>(2 * pick(random, 0, 4) + 1)};
@@ -62,7 +81,10 @@ any_policy random_policy(random_engine& random, index_t tokens) {
 }
 
 /// Asserts that both backends do the same; returns 1 where a selection came of it.
-int compare(const any_policy& policy, const layer_view<float>& layer, bool with_details) {
+int compare(any_policy policy, const layer_view<float>& layer, bool with_details) {
+  if (auto* const segments = std::get_if<segment_pool>(&policy.spatial.choice)) {
+    segments->begins = segments->begins.slice(0, 0, layer.key.extent(0));
+  }
   eigen_backend by_row(1, {.pruning = false});
   bulk_eigen_backend in_bulk({.pruning = false});
   const auto expected = select_tokens(by_row, policy, layer, with_details);

@@ -7,6 +7,8 @@
 #include <restkv/reference/backend.hpp>
 #include <restkv/runtime_parts.hpp>
 #include <restkv/select.hpp>
+#include <restkv/smoothing/key_links.hpp>
+#include <restkv/smoothing/segment_pool.hpp>
 
 #include <algorithm>
 #include <array>
@@ -223,6 +225,31 @@ TEST_CASE("presets are values to change", "[docs]") {
   //! [preset]
   CHECK(policy.recent() == 64);
   CHECK(policy.check().ok());
+}
+
+TEST_CASE("segments found by the keys of all layers", "[docs]") {
+  const auto first = some_layer();
+  const auto second = some_layer();
+  const std::array<restkv::layer_view<float>, 2> layers{first.view(), second.view()};
+  restkv::reference_backend backend;
+
+  //! [segments]
+  const index_t batch = layers[0].key.extent(0), tokens = layers[0].key.extent(2);
+  std::vector<double> links(static_cast<std::size_t>(batch * tokens)), scratch(links.size());
+  for (const auto& layer : layers) {
+    restkv::throw_if_failed(restkv::add_key_links(layer, {links.data(), {batch, tokens}}, scratch));
+  }
+  std::vector<std::uint8_t> begins(links.size());
+  restkv::throw_if_failed(restkv::find_segments({links.data(), {batch, tokens}}, {},
+                                                {begins.data(), {batch, tokens}}, scratch, 0.05));
+  const auto policy = restkv::eviction_policy{.score = restkv::snap_kv{},
+                                              .spatial = restkv::segment_pool{{begins.data(), {batch, tokens}}},
+                                              .budget = restkv::ada_kv{.budget = 64}};
+  const restkv::owned_selection chosen = restkv::select(backend, policy, layers[0]);
+  //! [segments]
+
+  CHECK(std::count(begins.begin(), begins.end(), 1) == 1 + 7);  // floor(0.05 * 159) links are cut
+  CHECK(chosen.kept().total() == 2 * 64);
 }
 
 TEST_CASE("looking at the scores", "[docs]") {

@@ -62,7 +62,7 @@ struct mark_wanted {
     std::uint32_t threshold = ~std::uint32_t{0};
     if (pivots != nullptr) threshold = pivots[row].key;
     if (pooled_pivots != nullptr) threshold = std::min(threshold, pooled_pivots[row / rows_per_pool].key);
-    const token_reach reach = spatial.reach(row_context{drift[row]});
+    const token_reach reach = spatial.reach(row_context{.drift = drift[row]});
     bool wanted = reach.last - reach.first >= widest_direct_reach;
     // The tokens n that read token i: clamp(n + reach.first) <= i <= clamp(n + reach.last).
     index_t n = i == 0 ? 0 : std::max<index_t>(0, i - reach.last);
@@ -92,7 +92,7 @@ struct settle_keys {
     const bulk_span& span = rows.span_of(row);
     if (n >= span.length) return;
     const index_t at = row * rows.stride;
-    const token_reach reach = spatial.reach(row_context{drift[row]});
+    const token_reach reach = spatial.reach(row_context{.drift = drift[row]});
     bool known = n < span.past && keys[at + n] != excluded_key;
     for (index_t u = reach.first; u <= reach.last && known; ++u) {
       known = states[at + std::clamp<index_t>(n + u, 0, span.past - 1)] == token_state::scored;

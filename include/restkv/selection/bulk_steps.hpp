@@ -68,13 +68,14 @@ struct smooth_rows {
   float* smoothed;
   const double* drift;
   bulk_rows rows;
+  index_t rows_per_sequence;
   index_t tokens;  ///< most parts of a row
 
   RESTKV_HD void operator()(index_t item) const noexcept {
     const index_t row = item / tokens;
     const index_t part = item % tokens;
     const index_t past = rows.span_of(row).past;
-    const row_context context{drift[row]};
+    const row_context context{.drift = drift[row], .sequence = row / rows_per_sequence};
     if (part >= past || part >= spatial.parts(past, context)) return;  // parts may cost a division
     spatial.smooth_part(part, part_of(score + row * rows.stride, past), part_of(smoothed + row * rows.stride, past),
                         context);

@@ -15,9 +15,10 @@
 namespace restkv {
 
 /// What a spatial smoother may know about the row: the drift of the head's attention (see adaptive_window), 0 for
-/// smoothers that do not ask for it.
+/// smoothers that do not ask for it, and whose row it is.
 struct row_context {
-  double drift = 0;  ///< in tokens
+  double drift = 0;      ///< in tokens
+  index_t sequence = 0;  ///< of the batch
 };
 
 /// The tokens that out[n] depends on: in[clamp(n + first)] .. in[clamp(n + last)].
@@ -170,6 +171,21 @@ struct average_pool {
   [[nodiscard]] status check() const noexcept { return detail::check_pool_width("average_pool", width); }
 };
 
+namespace detail {
+
+/// The largest of in[first .. last], a NaN before anything else.
+template <std::floating_point Real>
+[[nodiscard]] RESTKV_HD Real largest_of(std::span<const Real> in, index_t first, index_t last) noexcept {
+  Real largest = in[static_cast<std::size_t>(first)];
+  for (index_t i = first; i <= last; ++i) {
+    const Real value = in[static_cast<std::size_t>(i)];
+    largest = value > largest || value != value ? value : largest;
+  }
+  return largest;
+}
+
+}  // namespace detail
+
 /// Maximum over `width` neighbouring tokens; positions outside the row do not take part.
 struct max_pool {
   int width = 7;  ///< tokens, odd
@@ -189,12 +205,7 @@ struct max_pool {
     const auto length = static_cast<index_t>(in.size());
     const index_t first = std::max<index_t>(0, n - width / 2);
     const index_t last = std::min<index_t>(length - 1, n + width / 2);
-    Real largest = in[static_cast<std::size_t>(first)];
-    for (index_t i = first; i <= last; ++i) {
-      const Real value = in[static_cast<std::size_t>(i)];
-      largest = value > largest || value != value ? value : largest;
-    }
-    out[static_cast<std::size_t>(n)] = largest;
+    out[static_cast<std::size_t>(n)] = detail::largest_of(in, first, last);
   }
   ///@}
   /// Fails on a width that is even or below 1.
