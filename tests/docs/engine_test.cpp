@@ -11,6 +11,8 @@
 #include <restkv/cache/rope.hpp>
 #include <restkv/cache/split_kept.hpp>
 #include <restkv/compact.hpp>
+#include <restkv/interop/page_tables.hpp>
+#include <restkv/interop/page_tensors.hpp>
 #include <restkv/presets.hpp>
 #include <restkv/reference/backend.hpp>
 #include <restkv/select.hpp>
@@ -582,4 +584,54 @@ TEST_CASE("a quantised cache, scored and compacted", "[docs]") {
   CHECK(back_lengths[1] == 32);
   CHECK(std::abs(keys.value(0, 1, 0, 3) - before) <= 0.51f * static_cast<float>(keys.scale(0, 1, 0, 3)) + 0.01f);
   CHECK(kept_new_keys.rows(0, 1, 31, 5) == made.key(0, 1, tokens - 1, 5));
+}
+
+TEST_CASE("page tables of other engines", "[docs]") {
+  // Two sequences of 6 and 3 tokens in pages of 4.
+  const index_t page_size = 4, pages = 5, kv_heads = 2, head_dim = 8;
+  std::vector<restkv::page_t> kv_indptr{0, 2, 3}, kv_indices{4, 1, 2}, kv_last_page_len{2, 3};
+  std::vector<half> cache = cache_of<half>(pages * 2 * page_size * kv_heads * head_dim, 3);
+  half* const cache_data = cache.data();
+  const half expected = cache[static_cast<std::size_t>(((1 * 2 + 1) * page_size + 1) * kv_heads * head_dim)];
+  const auto view = [](std::vector<restkv::page_t>& array) {
+    return restkv::tensor_view<restkv::page_t, 1>(array.data(), {static_cast<index_t>(array.size())});
+  };
+  std::vector<std::byte> pool_memory(restkv::page_pool::required_bytes(pages));
+  restkv::page_pool pool;
+  REQUIRE(pool.reset(pages, restkv::workspace(pool_memory)).ok());
+  for (int taken = 0; taken < pages; ++taken) {
+    restkv::page_t page = restkv::no_page;
+    REQUIRE(pool.allocate(page).ok());
+  }
+  const std::vector<position_t> positions{0, 4, 5, 0, 4, 5, 0, 1, 2, 0, 1, 2}, kept_lengths{3, 3, 3, 3};
+  const restkv::const_kept_tokens kept({positions.data(), {2, 2, 3}}, {kept_lengths.data(), {2, 2}});
+
+  //! [engine_tables]
+  // FlashInfer's arrays, as tables; what is wrong with them is said before anything is moved.
+  const index_t batch = 2, most_pages = 2;
+  const restkv::page_lists lists(view(kv_indptr), view(kv_indices), view(kv_last_page_len));
+  std::vector<restkv::page_t> ids(batch * most_pages);
+  std::vector<position_t> lengths(batch);
+  const restkv::page_tables tables({ids.data(), {batch, 1, most_pages}}, {lengths.data(), {batch, 1}});
+  restkv::throw_if_failed(restkv::read_page_lists(lists, pages, page_size, tables));
+
+  // Its cache, NHD: [pages, 2, page_size, kv_heads, head_dim].
+  restkv::page_pair<half> cached;
+  restkv::throw_if_failed(restkv::key_value_pages(
+      restkv::tensor_view<half, 5>(cache_data, {pages, 2, page_size, kv_heads, head_dim}), 1,
+      restkv::page_order::nhd, cached));
+
+  // Afterwards the same arrays say where the kept tokens are.
+  std::vector<std::byte> memory(restkv::page_moves_bytes(tables));
+  restkv::page_moves moves;
+  restkv::throw_if_failed(restkv::compact_pages(pool, kept, tables, restkv::workspace(memory), moves, cached.key,
+                                                cached.value));
+  restkv::throw_if_failed(restkv::write_page_lists(tables, pages, page_size, lists));
+  //! [engine_tables]
+  CHECK(kv_indptr == std::vector<restkv::page_t>{0, 1, 2});
+  CHECK(kv_indices[0] == 4);
+  CHECK(kv_last_page_len == std::vector<restkv::page_t>{3, 3});
+  CHECK(cached.value(4, 0, 2, 0).bits() == expected.bits());
+  REQUIRE(moves.freed.size() == 1);
+  CHECK(moves.freed[0] == 1);
 }
