@@ -46,25 +46,35 @@ struct ada_kv {
   template <std::unsigned_integral Key>
   void allocate(const budget_problem& problem, tensor_view<const Key, 2> keys, std::span<index_t> counts,
                 std::span<double> scratch) const noexcept {
+    count_pooled(problem, keys, scratch,
+                 [&](auto key, index_t rows, index_t length, const auto& key_at, index_t total) {
+                   count_best<decltype(key)>(rows, length, key_at, total, counts);
+                 });
+    share_pool(problem, counts, scratch);
+  }
+
+  /// Calls count(Compared{}, rows, length, key_at, total) once, which is to count how many of the `total` best of the keys
+  /// key_at(row, n), of type Compared, lie in each row. `keys` may be those of a part of the layer's heads.
+  template <std::unsigned_integral Key, class Count>
+  void count_pooled(const budget_problem& problem, tensor_view<const Key, 2> keys, std::span<double> scratch,
+                    const Count& count) const noexcept {
     using real = std::conditional_t<sizeof(Key) == 4, float, double>;
     const index_t total = pooled_keys(problem);
-    if (normalise) {
-      for (index_t h = 0; h < problem.heads; ++h) {
-        scratch[static_cast<std::size_t>(h)] = concentration(keys[h], base_of(problem));
-      }
-      count_best<std::uint64_t>(
-          keys.extent(0), keys.extent(1),
-          [&](index_t h, index_t n) {
-            const Key key = keys(h, n);
-            if (key <= 1) return std::uint64_t{key};
-            return order_key(static_cast<double>(score_of_key<real>(key)) * scratch[static_cast<std::size_t>(h)]);
-          },
-          total, counts);
-    } else {
-      count_best<Key>(
-          keys.extent(0), keys.extent(1), [&](index_t h, index_t n) { return keys(h, n); }, total, counts);
+    if (!normalise) {
+      count(Key{}, keys.extent(0), keys.extent(1), [&](index_t h, index_t n) { return keys(h, n); }, total);
+      return;
     }
-    share_pool(problem, counts, scratch);
+    for (index_t h = 0; h < keys.extent(0); ++h) {
+      scratch[static_cast<std::size_t>(h)] = concentration(keys[h], base_of(problem));
+    }
+    count(
+        std::uint64_t{}, keys.extent(0), keys.extent(1),
+        [&](index_t h, index_t n) {
+          const Key key = keys(h, n);
+          if (key <= 1) return std::uint64_t{key};
+          return order_key(static_cast<double>(score_of_key<real>(key)) * scratch[static_cast<std::size_t>(h)]);
+        },
+        total);
   }
 
   ///@{
