@@ -80,7 +80,7 @@ template <class Request, element T>
   kernel::host_executor executor(setup.seed, setup.recorder);
   std::vector<double> drift(static_cast<std::size_t>(request.shape.batch * request.shape.query_heads), -1e30);
   const tensor_view<double, 2> out(drift.data(), {request.shape.batch, request.shape.query_heads});
-  REQUIRE(kernel::window_drift(executor, request, layer, most_attended, scratch.get(), out).ok());
+  REQUIRE(kernel::window_drift(executor, request, layer, layer, most_attended, scratch.get(), out).ok());
   return drift;
 }
 

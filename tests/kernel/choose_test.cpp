@@ -75,6 +75,7 @@ struct problem {
   unsigned seed = 1;
 
   std::vector<bulk_span> spans;
+  std::vector<index_t> firsts;  // of rows that lie in another order
   std::vector<std::uint32_t> memory;
   const std::uint32_t* keys = nullptr;
   bulk_rows rows;
@@ -95,12 +96,14 @@ struct problem {
     memory.assign(static_cast<std::size_t>(lead + count * stride), 0);
     for (auto& key : memory) key = make_key(what, random);
     keys = memory.data() + lead;
-    rows = {spans.data(), count, rows_per_span, stride, unit};
+    firsts.clear();
+    for (index_t r = 0; r < count && seed % 2 == 1; ++r) firsts.push_back((count - 1 - r) * stride);
+    rows = {spans.data(), count, rows_per_span, stride, unit, firsts.empty() ? nullptr : firsts.data()};
   }
   [[nodiscard]] index_t segments() const { return (count + rows_per_segment - 1) / rows_per_segment; }
   [[nodiscard]] index_t end(index_t segment) const { return std::min(count, (segment + 1) * rows_per_segment); }
   [[nodiscard]] std::uint32_t key(index_t row, index_t u) const {
-    return u < rows.units_of(row) ? keys[row * stride + u] : std::uint32_t{excluded_key};
+    return u < rows.units_of(row) ? keys[rows.begin_of(row) + u] : std::uint32_t{excluded_key};
   }
   [[nodiscard]] top_k_pivot<std::uint32_t> pivot(index_t segment, index_t k) const {
     const index_t first = segment * rows_per_segment;
@@ -182,8 +185,11 @@ void check_all(const problem& p, const kernel::radix_tuning& tuning, std::uint64
       constexpr index_t copies = 2;
       guarded<position_t> positions(p.count * copies * capacity);
       guarded<position_t> lengths(p.count * copies);
-      kernel::write_chosen(executor, *memory.memory, p.keys, p.rows, of_rows.data(),
-                           {positions.data(), lengths.data(), capacity, copies});
+      std::vector<index_t> firsts;
+      for (index_t row = p.count * copies; row-- > 0 && seed % 3 == 1;) firsts.push_back(row * capacity);
+      const bulk_kept kept{positions.data(), lengths.data(), capacity, copies,
+                           firsts.empty() ? nullptr : firsts.data()};
+      kernel::write_chosen(executor, *memory.memory, p.keys, p.rows, of_rows.data(), kept);
       REQUIRE(positions.intact());
       REQUIRE(lengths.intact());
       for (index_t r = 0; r < p.count; ++r) {
@@ -202,7 +208,7 @@ void check_all(const problem& p, const kernel::radix_tuning& tuning, std::uint64
         }
         for (index_t c = 0; c < copies; ++c) {
           REQUIRE(lengths.data()[r * copies + c] == static_cast<position_t>(expected.size()));
-          REQUIRE(std::equal(expected.begin(), expected.end(), positions.data() + (r * copies + c) * capacity));
+          REQUIRE(std::equal(expected.begin(), expected.end(), positions.data() + kept.begin_of(r * copies + c)));
         }
       }
     }
@@ -304,7 +310,7 @@ TEST_CASE("Rows that are a tile long, or a key more or less", "[kernel]") {
     for (index_t r = 0; r < 2; ++r) {
       std::vector<position_t> expected(static_cast<std::size_t>(p.units));
       const auto length = static_cast<std::size_t>(p.rows.units_of(r));
-      const index_t count = top_k<std::uint32_t>({p.keys + r * p.stride, length}, wanted[0], expected.data());
+      const index_t count = top_k<std::uint32_t>({p.keys + p.rows.begin_of(r), length}, wanted[0], expected.data());
       REQUIRE(lengths.data()[r] == static_cast<position_t>(count));
       const auto begin = p.rows.span_of(r).begin;
       for (index_t i = 0; i < count; ++i) {
@@ -336,7 +342,7 @@ TEST_CASE("Long rows, as a device's tuning splits them", "[kernel]") {
     for (index_t r = 0; r < 3; ++r) {
       std::vector<position_t> expected(static_cast<std::size_t>(wanted));
       const auto length = static_cast<std::size_t>(p.rows.units_of(r));
-      const index_t count = top_k<std::uint32_t>({p.keys + r * p.stride, length}, wanted, expected.data());
+      const index_t count = top_k<std::uint32_t>({p.keys + p.rows.begin_of(r), length}, wanted, expected.data());
       REQUIRE(lengths[static_cast<std::size_t>(r)] >= static_cast<position_t>(count));  // protected units too
       std::vector<position_t> found;
       for (index_t i = 0; i < lengths[static_cast<std::size_t>(r)]; ++i) {

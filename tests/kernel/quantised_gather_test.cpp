@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The kernels that move quantised tokens and running scores, on the host group, against the library's own loops.
 #include "cache/cache_support.hpp"
+#include "kernel/quantised_support.hpp"
 #include "support/catch.hpp"
 
 #include <restkv/backend/host/backend.hpp>
@@ -13,75 +14,12 @@ using namespace restkv_test;
 
 namespace {
 
-struct recipe {
-  index_t batch, heads, tokens, channels, tokens_per_group, channels_per_group;
-  code_format format;
-  quantisation_kind kind;
-
-  recipe(random_engine& random, index_t turn) {
-    constexpr index_t of_tokens[] = {1, 2, 3, 4, 8, 32};
-    constexpr index_t of_channels[] = {1, 4, 5, 1000, 32};
-    batch = pick(random, 1, 2);
-    heads = pick(random, 1, 3);
-    tokens = pick(random, 1, 70);
-    channels = pick(random, 1, 40);
-    tokens_per_group = of_tokens[turn % 6];
-    channels_per_group = std::min(of_channels[turn % 5], channels);
-    format.bits = 1 << (1 + turn % 3);
-    kind = static_cast<quantisation_kind>(turn / 2 % 3);
-    format.is_signed = kind == quantisation_kind::symmetric || chance(random, 50);
-    format.packed = chance(random, 50) ? cache_axis::channels : cache_axis::tokens;
-  }
-  [[nodiscard]] static index_t groups(index_t count, index_t of) { return (count + of - 1) / of; }
-};
-
-template <class Scale>
-struct quantised_memory {
-  recipe how;
-  guarded_tensor<std::uint8_t, 4> codes;
-  guarded_tensor<Scale, 4> scale;
-  guarded_tensor<Scale, 4> second;
-
-  quantised_memory(random_engine& random, const recipe& made, bool plain)
-      : how(made),
-        codes(random,
-              made.format.packed == cache_axis::channels
-                  ? std::array<index_t, 4>{made.batch, made.heads, made.tokens, made.format.bytes(made.channels)}
-                  : std::array<index_t, 4>{made.batch, made.heads, made.format.bytes(made.tokens), made.channels},
-              {.contiguous_channels = plain, .row_major = plain, .gaps = !plain}),
-        scale(random, parameters(), {.gaps = !plain}),
-        second(random, parameters(), {.gaps = !plain}) {
-    const auto fill = [&](Scale& x) { x = narrow<Scale>(normal(random)); };
-    for_each(scale.view(), [&](Scale& x) { x = narrow<Scale>(std::abs(normal(random))); });
-    for_each(second.view(), fill);
-  }
-  [[nodiscard]] std::array<index_t, 4> parameters() const {
-    return {how.batch, how.heads, recipe::groups(how.tokens, how.tokens_per_group),
-            recipe::groups(how.channels, how.channels_per_group)};
-  }
-  [[nodiscard]] quantised_view<Scale> view() const {
-    quantised_view<Scale> made{.codes = codes.view(),
-                               .scale = scale.view(),
-                               .tokens = how.tokens,
-                               .channels = how.channels,
-                               .tokens_per_group = how.tokens_per_group,
-                               .channels_per_group = how.channels_per_group,
-                               .format = how.format};
-    if (how.kind == quantisation_kind::zero) made.zero = second.view();
-    if (how.kind == quantisation_kind::offset) made.offset = second.view();
-    return made;
-  }
-  [[nodiscard]] bool same_bytes(const quantised_memory& other) const {
-    return codes.same_bytes(other.codes) && scale.same_bytes(other.scale) && second.same_bytes(other.second);
-  }
-};
-
 template <class Scale>
 void check_quantised(index_t turn) {
   random_engine random(static_cast<unsigned>(turn + 1));
-  const recipe how(random, turn);
+  const quantised_recipe how(random, turn);
   const index_t group = pick(random, 1, 2);
-  recipe of_out = how;
+  quantised_recipe of_out = how;
   of_out.heads = how.heads * group;
   of_out.format.packed = chance(random, 60)   ? how.format.packed
                          : chance(random, 50) ? cache_axis::channels
@@ -156,7 +94,7 @@ TEST_CASE("Kernels gather and compact quantised caches as the library does", "[k
 
 TEST_CASE("Kernels refuse quantised caches in the CPU's words", "[kernel]") {
   random_engine random(9);
-  recipe how(random, 20);  // 2 bits, groups of 3 tokens
+  quantised_recipe how(random, 20);  // 2 bits, groups of 3 tokens
   how.batch = how.heads = 2;
   how.tokens = 24;
   how.channels = how.channels_per_group = 8;

@@ -2,6 +2,7 @@
 // A decode loop over a kernel backend's memory keeps, token by token, what a session on the CPU keeps.
 #include "support/catch.hpp"
 #include "support/check_error.hpp"
+#include "support/device_like_backend.hpp"
 #include "support/guarded_tensor.hpp"
 
 #include <restkv/backend/eigen/backend.hpp>
@@ -20,18 +21,6 @@ namespace {
 
 constexpr memory_space device = memory_space::device;
 constexpr index_t channels = 4;
-
-/// Runs kernels on the host, with memory that counts as a device's: what mixes the two up does not compile.
-struct device_like_executor : kernel::host_executor {
-  static constexpr memory_space space = device;
-  using kernel::host_executor::host_executor;
-};
-using device_like_backend = kernel_backend<device_like_executor>;
-
-template <class T, std::size_t Rank>
-tensor_view<T, Rank, device> on_device(const tensor_view<T, Rank>& view) {
-  return {view.data, view.extents, view.strides};
-}
 
 /// The engine's side of one layer: its cache, and the running scores beside it, each behind guards.
 template <class Plan>

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Budgets across layers: the cascade against one choice over all layers, written apart; totals, peaks, slots.
+#include "model/random_model.hpp"
 #include "support/allocation_counter.hpp"
-#include "support/arranged_layer.hpp"
 #include "support/check_error.hpp"
 
 #include <restkv/model/cake_budget.hpp>
@@ -11,7 +11,6 @@
 #include <restkv/reference/backend.hpp>
 #include <restkv/rescoring/lava.hpp>
 
-#include <deque>
 #include <map>
 #include <numeric>
 #include <set>
@@ -36,34 +35,6 @@ struct uncounted_backend : reference_backend {
 using cake_policy = eviction_policy<snap_kv, mean_variance, average_pool, uniform>;
 using lava_policy = eviction_policy<snap_kv, mean, max_pool, uniform, lava>;
 using unit_set = std::set<index_t>;
-
-/// A model's layers, random, of the same sizes.
-struct random_model {
-  layer_sizes sizes;
-  std::deque<arranged_layer<float>> layers;
-  std::vector<std::uint8_t> mask;                         // [batch, tokens]
-  std::vector<std::int32_t> lengths;                      // [batch]
-  std::vector<std::vector<std::int32_t>> head_lengths;    // [layers][batch, kv_heads]
-  padding pad = padding::left;
-
-  random_model(random_engine& random, index_t count, const layer_sizes& how) : sizes(how) {
-    for (index_t l = 0; l < count; ++l) {
-      sizes.sharpness = uniform_real(random, 0.5, 4);
-      layers.emplace_back(sizes, static_cast<unsigned>(random()));
-    }
-  }
-  [[nodiscard]] layer_view<float> view(index_t l) const {
-    layer_view<float> made = layers[static_cast<std::size_t>(l)].view();
-    if (!mask.empty()) made.keep_mask = {mask.data(), {sizes.batch, sizes.tokens}};
-    if (!lengths.empty()) made.lengths = {lengths.data(), {sizes.batch}};
-    if (!head_lengths.empty()) {
-      made.head_lengths = {head_lengths[static_cast<std::size_t>(l)].data(), {sizes.batch, sizes.kv_heads}};
-    }
-    made.pad = pad;
-    return made;
-  }
-  [[nodiscard]] index_t count() const { return std::ssize(layers); }
-};
 
 /// A layer of one sequence as the oracle sees it: units and their scores, row by row.
 struct layer_model {
@@ -360,45 +331,6 @@ bool check_cascade(const Policy& policy, const Budget& budget, const random_mode
   }
   CHECK_FALSE(selection.add_layer(backend, model.view(0), workspace(space)).ok());
   return true;
-}
-
-template <class Policy>
-Policy random_policy(random_engine& random) {
-  Policy policy;
-  policy.window = pick(random, 1, 8);
-  policy.protect = {.sink = pick(random, 0, 3), .recent = pick(random, 0, 6)};
-  policy.spatial.width = chance(random, 50) ? 1 : 5;
-  constexpr group_reduce groups[] = {group_reduce::none, group_reduce::mean, group_reduce::max};
-  policy.group = groups[pick(random, 0, 2)];
-  policy.granularity.tokens = chance(random, 60) ? 1 : pick(random, 2, 5);
-  if (policy.group != group_reduce::none) policy.granularity.shared = chance(random, 20);
-  return policy;
-}
-
-budget_size random_size(random_engine& random, index_t tokens) {
-  return chance(random, 30) ? budget_size::keep_ratio(uniform_real(random, 0.2, 1))
-                            : budget_size(pick(random, 6, tokens + 5));
-}
-
-random_model random_layers(random_engine& random, int kind) {
-  layer_sizes sizes{.batch = pick(random, 1, 2), .query_heads = 4, .kv_heads = 2, .head_dim = 6,
-                    .tokens = pick(random, 10, 40), .queries = 10};
-  random_model model(random, pick(random, 1, 6), sizes);
-  if (kind == 1) {  // masks
-    for (index_t i = 0; i < sizes.batch * sizes.tokens; ++i) model.mask.push_back(chance(random, 10) ? 1 : 0);
-  } else if (kind == 2) {  // padding
-    for (index_t b = 0; b < sizes.batch; ++b) {
-      model.lengths.push_back(static_cast<std::int32_t>(pick(random, 0, sizes.tokens)));
-    }
-    model.pad = chance(random, 50) ? padding::left : padding::right;
-  } else if (kind == 3) {  // heads of different lengths
-    std::vector<std::int32_t> head_lengths;
-    for (index_t i = 0; i < sizes.batch * 2; ++i) {
-      head_lengths.push_back(static_cast<std::int32_t>(pick(random, 0, sizes.tokens)));
-    }
-    for (index_t l = 0; l < model.count(); ++l) model.head_lengths.push_back(head_lengths);
-  }
-  return model;
 }
 
 template <class Policy, class MakeBudget>

@@ -42,7 +42,7 @@ class bulk_eigen_backend : public restkv::eigen_backend {
       pivots[s] = restkv::find_pivot<std::uint32_t>(
           rows_per_segment, longest,
           [&](index_t r, index_t n) {
-            return n < rows.units_of(first + r) ? keys[(first + r) * rows.stride + n] : restkv::excluded_key;
+            return n < rows.units_of(first + r) ? keys[rows.begin_of(first + r) + n] : restkv::excluded_key;
           },
           wanted[s]);
     }
@@ -57,7 +57,7 @@ class bulk_eigen_backend : public restkv::eigen_backend {
         equal_before += count_equal(keys, rows, r, cut);
       counts[row] = 0;
       for (index_t u = 0; u < rows.units_of(row); ++u) {
-        const std::uint32_t key = keys[row * rows.stride + u];
+        const std::uint32_t key = keys[rows.begin_of(row) + u];
         if (key == restkv::excluded_key) continue;
         counts[row] += key > cut.key || (key == cut.key && equal_before++ < cut.equal) ? 1 : 0;
       }
@@ -71,14 +71,14 @@ class bulk_eigen_backend : public restkv::eigen_backend {
       index_t equal_left = pivots[row].equal;
       index_t written = 0;
       for (index_t u = 0; u < rows.units_of(row); ++u) {
-        const std::uint32_t key = keys[row * rows.stride + u];
+        const std::uint32_t key = keys[rows.begin_of(row) + u];
         const bool chosen =
             key == restkv::excluded_key || key > pivots[row].key || (key == pivots[row].key && equal_left-- > 0);
         const index_t end = std::min<index_t>(span.length, (u + 1) * rows.unit);
         if (!chosen || written + end - u * rows.unit > kept.capacity) continue;
         for (index_t n = u * rows.unit; n < end; ++n, ++written) {
           for (index_t h = 0; h < kept.copies; ++h) {
-            kept.positions[(row * kept.copies + h) * kept.capacity + written] =
+            kept.positions[kept.begin_of(row * kept.copies + h) + written] =
                 static_cast<restkv::position_t>(span.begin + n);
           }
         }
@@ -92,7 +92,7 @@ class bulk_eigen_backend : public restkv::eigen_backend {
 
  private:
   static index_t count_equal(const std::uint32_t* keys, const restkv::bulk_rows& rows, index_t row, const pivot& cut) {
-    const std::uint32_t* const first = keys + row * rows.stride;
+    const std::uint32_t* const first = keys + rows.begin_of(row);
     return cut.key == restkv::excluded_key ? 0 : std::count(first, first + rows.units_of(row), cut.key);
   }
 };

@@ -21,6 +21,7 @@ constexpr std::uint32_t most = std::numeric_limits<std::uint32_t>::max();
 /// Rows of keys as a selection has them, with guards between the rows.
 struct key_problem {
   std::vector<bulk_span> spans;
+  std::vector<index_t> firsts;  // of rows that lie in another order
   std::vector<std::uint32_t> keys;
   bulk_rows rows;
   index_t units = 0;  ///< of the longest row
@@ -41,12 +42,14 @@ struct key_problem {
     }
     rows.spans = spans.data();
     rows.stride = units + pick(random, 0, 3);
+    for (index_t row = rows.count; row-- > 0;) firsts.push_back(row * rows.stride);
+    if (chance(random, 50)) rows.firsts = firsts.data();
     rows_per_segment = chance(random, 50) ? 1 : rows.rows_per_span;
     keys.assign(static_cast<std::size_t>(rows.count * rows.stride), most);  // what nobody may count
     const index_t kind = pick(random, 0, 5);
     for (index_t row = 0; row < rows.count; ++row) {
       for (index_t u = 0; u < rows.units_of(row); ++u) {
-        std::uint32_t& key = keys[static_cast<std::size_t>(row * rows.stride + u)];
+        std::uint32_t& key = keys[static_cast<std::size_t>(rows.begin_of(row) + u)];
         key = static_cast<std::uint32_t>(random());
         if (kind == 1) key = 5;                            // all equal
         if (kind == 2) key = 100 + key % 5;                // five values
@@ -58,7 +61,7 @@ struct key_problem {
   }
 
   [[nodiscard]] std::uint32_t key(index_t row, index_t u) const {
-    return u < rows.units_of(row) ? keys[static_cast<std::size_t>(row * rows.stride + u)] : std::uint32_t{excluded_key};
+    return u < rows.units_of(row) ? keys[static_cast<std::size_t>(rows.begin_of(row) + u)] : std::uint32_t{excluded_key};
   }
 };
 

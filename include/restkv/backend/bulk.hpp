@@ -19,6 +19,10 @@ namespace restkv {
 struct bulk_shape {
   index_t rows = 0;   ///< rows of keys in all
   index_t units = 0;  ///< of the longest row
+  index_t keys = -1;  ///< of all rows together, where these are fewer than rows * units
+
+  /// Keys of all rows, at most.
+  [[nodiscard]] constexpr index_t most_keys() const noexcept { return keys < 0 ? rows * units : keys; }
 };
 
 /// Where the tokens of a row of scores lie, and which may be evicted. Positions but `begin` count from it; `first`,
@@ -37,9 +41,14 @@ struct bulk_rows {
   const bulk_span* spans = nullptr;  ///< of every sequence, or of every row where heads differ
   index_t count = 0;                 ///< rows in all
   index_t rows_per_span = 1;         ///< row / rows_per_span is its span
-  index_t stride = 0;                ///< from one row of scores or keys to the next, in elements
+  index_t stride = 0;                ///< from one row of scores or keys to the next, in elements; no row has more
   index_t unit = 1;                  ///< tokens of a unit of eviction
+  const index_t* firsts = nullptr;   ///< where rows begin, [count]; null where that is at multiples of the stride
 
+  /// Where a row of scores or keys begins.
+  [[nodiscard]] RESTKV_HD constexpr index_t begin_of(index_t row) const noexcept {
+    return firsts == nullptr ? row * stride : firsts[row];
+  }
   /// The span of a row.
   [[nodiscard]] RESTKV_HD constexpr const bulk_span& span_of(index_t row) const noexcept {
     return spans[row / rows_per_span];
@@ -52,10 +61,16 @@ struct bulk_rows {
 
 /// Where the kept positions of rows go: to `copies` rows of the result each.
 struct bulk_kept {
-  position_t* positions = nullptr;  ///< [count * copies, capacity]
+  position_t* positions = nullptr;  ///< [count * copies, capacity], or rows that begin at `firsts`
   position_t* lengths = nullptr;    ///< [count * copies]
   index_t capacity = 0;             ///< of a row
   index_t copies = 1;               ///< heads that share a row
+  const index_t* firsts = nullptr;  ///< where rows begin, [count * copies]; null where that is at multiples of capacity
+
+  /// Where the positions of a row begin.
+  [[nodiscard]] RESTKV_HD constexpr index_t begin_of(index_t row) const noexcept {
+    return firsts == nullptr ? row * capacity : firsts[row];
+  }
 };
 
 namespace detail {

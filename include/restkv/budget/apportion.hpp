@@ -15,7 +15,7 @@ namespace detail {
 
 /// `apportion` among the shares with a positive weight(i), whose ceilings add up to `total` at least.
 template <class Weight>
-void apportion_positive(const Weight& weight, std::span<const index_t> ceilings, index_t total,
+RESTKV_HD void apportion_positive(const Weight& weight, std::span<const index_t> ceilings, index_t total,
                         std::span<index_t> counts) noexcept {
   const std::size_t size = counts.size();
   const auto clipped = [&](std::size_t i, double scale) {
@@ -77,7 +77,7 @@ void apportion_positive(const Weight& weight, std::span<const index_t> ceilings,
 /// monotone: when a share joins, or the total falls, no other share rises, so that what was evicted is never wanted
 /// back. Ties go to the smaller index. Weights that are 0, negative or not numbers get what is left by the others,
 /// evenly; infinite ones count as the largest number. Cost: O(n^2); allocates nothing.
-inline void apportion(std::span<const double> weights, std::span<const index_t> ceilings, index_t total,
+RESTKV_HD inline void apportion(std::span<const double> weights, std::span<const index_t> ceilings, index_t total,
                       std::span<index_t> counts) noexcept {
   double largest = 0;
   for (const double weight : weights) largest = weight > largest ? weight : largest;

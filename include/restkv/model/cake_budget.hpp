@@ -28,7 +28,7 @@ struct cake_budget {
   static constexpr bool compares_heads = false;
   static constexpr bool needs_attention = true;
 
-  [[nodiscard]] double preference(const layer_summary& summary) const noexcept {
+  [[nodiscard]] RESTKV_HD double preference(const layer_summary& summary) const noexcept {
     return std::pow(summary.attention_entropy, 1.0 / static_cast<double>(entropy_temperature)) *
            std::pow(summary.attention_variance, 1.0 / static_cast<double>(variance_temperature));
   }

@@ -108,6 +108,17 @@ class error_bounded_selection {
     return {};
   }
 
+  /// Refuses layers in the memory of a device: each trial follows from the errors of the one before, which the host
+  /// would have to wait for and read.
+  template <class Backend, class Policy, element T>
+  [[nodiscard]] status run(Backend&, const Policy&, std::span<const layer_view<T, memory_space::device>> layers,
+                           const error_bounded&) {
+    return status::error(errc::unsupported,
+                         "error_bounded looks at the errors of each trial on the host: the %lld layers lie in the "
+                         "memory of a device",
+                         static_cast<long long>(layers.size()));
+  }
+
  private:
   /// A unit that may be evicted; the first is to be kept first.
   struct candidate {

@@ -20,7 +20,7 @@ struct global_budget {
   static constexpr bool compares_heads = true;
   static constexpr bool compares_layers = true;
 
-  [[nodiscard]] double scale(const layer_summary& summary) const noexcept {
+  [[nodiscard]] RESTKV_HD double scale(const layer_summary& summary) const noexcept {
     return normalise && summary.score_sum > 0 && std::isfinite(summary.score_sum) ? 1.0 / summary.score_sum : 1.0;
   }
   ///@}

@@ -18,7 +18,7 @@ struct lava_budget {
   /// See `model_budget`.
   static constexpr bool compares_heads = true;
 
-  [[nodiscard]] constexpr double preference(const layer_summary& summary) const noexcept {
+  [[nodiscard]] RESTKV_HD constexpr double preference(const layer_summary& summary) const noexcept {
     return summary.score_entropy;
   }
   ///@}

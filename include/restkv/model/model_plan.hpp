@@ -3,8 +3,10 @@
 /// `model_plan`: a policy and a budget across layers, validated for a model.
 #pragma once
 
+#include <restkv/model/bulk_layer_sums.hpp>
 #include <restkv/model/kept_pool.hpp>
 #include <restkv/model/model_budget.hpp>
+#include <restkv/model/model_room.hpp>
 #include <restkv/plan.hpp>
 #include <restkv/score/attention_entropy.hpp>
 #include <restkv/smoothing/mean_variance.hpp>
@@ -40,6 +42,23 @@ template <class Request, class Policy>
   return {{}, {}, policy.window, policy.group == group_reduce::none ? group_reduce::none : group_reduce::sum, shape};
 }
 
+/// Both, with what a backend needs for them.
+template <class Backend>
+struct attention_sums {
+  entropy_request entropy;
+  variance_request variance;
+  typename Backend::template scratch<entropy_request> entropy_scratch;
+  typename Backend::template scratch<variance_request> variance_scratch;
+
+  /// Counts where the workspace counts.
+  template <class Policy>
+  attention_sums(const Backend& backend, const Policy& policy, const problem_shape& shape, workspace& from)
+      : entropy(make_attention_sum<entropy_request>(policy, shape)),
+        variance(make_attention_sum<variance_request>(policy, shape)),
+        entropy_scratch(backend, entropy, from),
+        variance_scratch(backend, variance, from) {}
+};
+
 /// The memory that a model_selection keeps, carved by the same code when planning and when running.
 template <std::unsigned_integral Key, class ModelPlan>
 struct model_memory {
@@ -65,8 +84,8 @@ struct model_memory {
 
   model_memory(const ModelPlan& p, workspace& space) noexcept {
     const problem_shape& shape = p.layer.shape;
-    spans = space.take<span>(shape.layers * shape.batch * p.layer.rows);
-    preferences = space.take<double>(shape.batch * shape.layers);
+    spans = space.take<span>(shape.layers, shape.batch, p.layer.rows);
+    preferences = space.take<double>(shape.batch, shape.layers);
     entropies = space.take<double>(shape.batch);
     variances = space.take<double>(shape.batch);
     ceilings = space.take<index_t>(shape.layers);
@@ -76,9 +95,9 @@ struct model_memory {
     held = space.take<index_t>(shape.batch);
     dropped = space.take<index_t>(shape.layers);
     const std::array room{shape.batch, p.layer.heads, shape.tokens};
-    positions = {space.take<position_t>(room[0] * room[1] * room[2]), room};
-    slot_positions = {space.take<position_t>(room[0] * room[1] * room[2]), room};
-    lengths = {space.take<position_t>(room[0] * room[1]), {room[0], room[1]}};
+    positions = {space.take<position_t>(room[0], room[1], room[2]), room};
+    slot_positions = {space.take<position_t>(room[0], room[1], room[2]), room};
+    lengths = {space.take<position_t>(room[0], room[1]), {room[0], room[1]}};
     pools = space.take<kept_pool<Key>>(shape.batch);
     for (index_t b = 0; b < shape.batch; ++b) {
       const kept_pool<Key> pool(shape.layers * p.layer.rows, p.entries, space);
@@ -112,9 +131,10 @@ template <tensor_backend Backend, class Policy, model_budget Budget>
                          "the budget is %lld %s per head, %lld are protected and at least %lld kept", ll(per_head),
                          longest.unit == 1 ? "tokens" : "chunks or pages", ll(longest.protected_tokens()), ll(least));
   }
-  constexpr index_t most_layers = 1 << 20;
-  if (shape.layers > most_layers) {
-    return status::error(errc::invalid_argument, "%lld layers, at most %lld", ll(shape.layers), ll(most_layers));
+  constexpr index_t most_sequences = 1 << 20;  // each has a pool of its own
+  if (shape.batch > most_sequences) {
+    return status::error(errc::invalid_argument, "%lld sequences, at most %lld are possible", ll(shape.batch),
+                         ll(most_sequences));
   }
   if (needs_attention<Budget>() && !needs_window<decltype(policy.score)>()) {
     return status::error(errc::invalid_argument,
@@ -132,19 +152,25 @@ template <tensor_backend Backend, class Policy, model_budget Budget>
   const index_t most = per_head + (longest.unit == 1 ? 0 : 1);
   made.entries = std::min(shape.layers * whole, shape.layers * made.layer.rows * most + whole);
   workspace state;
-  const detail::model_memory<order_key_t<typename Backend::score_type>, model_plan<Policy, Budget>> memory(made, state);
-  RESTKV_RETURN_IF_FAILED(state.check());
-  made.state_bytes = state.required_bytes();
-  made.workspace_bytes = made.layer.workspace_bytes;
-  if constexpr (needs_attention<Budget>()) {
-    workspace sums;
-    const auto entropy = detail::make_attention_sum<detail::entropy_request>(policy, first);
-    const auto variance = detail::make_attention_sum<detail::variance_request>(policy, first);
-    typename Backend::template scratch<detail::entropy_request> entropy_scratch(backend, entropy, sums);
-    typename Backend::template scratch<detail::variance_request> variance_scratch(backend, variance, sums);
-    RESTKV_RETURN_IF_FAILED(sums.check());
-    made.workspace_bytes += sums.required_bytes();
+  workspace sums;
+  if constexpr (detail::space_of<Backend>() == memory_space::host) {
+    const detail::model_memory<order_key_t<typename Backend::score_type>, model_plan<Policy, Budget>> memory(made,
+                                                                                                             state);
+    static_cast<void>(memory);
+  } else {
+    const detail::bulk_model_state<Backend, model_plan<Policy, Budget>> memory(made, state);
+    const detail::bulk_model_scratch<Backend, model_plan<Policy, Budget>> scratch(backend, made, memory.pool.rows(),
+                                                                                  sums);
+    static_cast<void>(scratch);
   }
+  RESTKV_RETURN_IF_FAILED(state.check());
+  if constexpr (needs_attention<Budget>()) {
+    const detail::attention_sums<Backend> memory(backend, policy, first, sums);
+    static_cast<void>(memory);
+  }
+  RESTKV_RETURN_IF_FAILED(sums.check());
+  made.state_bytes = state.required_bytes();
+  made.workspace_bytes = made.layer.workspace_bytes + sums.required_bytes();
   out = made;
   return {};
 }

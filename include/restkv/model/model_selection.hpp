@@ -4,6 +4,7 @@
 #pragma once
 
 #include <restkv/budget/apportion.hpp>
+#include <restkv/model/layer_sums.hpp>
 #include <restkv/model/model_plan.hpp>
 #include <restkv/select.hpp>
 
@@ -26,6 +27,8 @@ namespace restkv {
 /// for each token of a layer's heads. Cost: that of ranking the layers; after each, 3 passes over what is held.
 template <tensor_backend Backend, class Policy, model_budget Budget>
 class model_selection {
+  static_assert(detail::space_of<Backend>() == memory_space::host,
+                "for a backend with memory of a device include restkv/model/bulk_model_selection.hpp");
   using real = typename Backend::score_type;
   using key_t = order_key_t<real>;
   using plan_t = model_plan<Policy, Budget>;
@@ -35,7 +38,10 @@ class model_selection {
   /// Begins with no layer, for a plan made for the backend. `state` has plan.state_bytes and must live as long as this
   /// object; `begin` says whether it is large enough.
   model_selection(const Backend&, const model_plan<Policy, Budget>& plan, workspace state) noexcept
-      : plan_(plan), memory_(plan_, state), fits_(state.check()) {
+      : plan_(plan),
+        memory_(plan_, state),
+        fits_(state.check()),
+        room_(plan_, memory_.totals, memory_.reserved, memory_.held) {
     if (fits_.ok()) forget();
   }
   model_selection(const model_selection&) = delete;             ///< two would write to the same state
@@ -57,16 +63,13 @@ class model_selection {
   template <element T>
   [[nodiscard]] status add_layer(Backend& backend, const layer_view<T>& layer, workspace space) {
     RESTKV_RETURN_IF_FAILED(fits_);
-    if (layers_ >= plan_.layer.shape.layers) {
-      return status::error(errc::invalid_argument, "layer %lld of a model of %lld layers",
-                           static_cast<long long>(layers_), static_cast<long long>(plan_.layer.shape.layers));
-    }
+    RESTKV_RETURN_IF_FAILED(room_.check_layer(layers_));
     plan_.layer.shape.layer = layers_;
     return detail::with_selection_run(backend, plan_.layer, layer, space, nullptr,
                                       [&](auto& run, const auto& weigh) -> status {
                                         RESTKV_RETURN_IF_FAILED(sum_attention(backend, layer, space, run));
                                         RESTKV_RETURN_IF_FAILED(run.rank_all(weigh));
-                                        RESTKV_RETURN_IF_FAILED(check_room(run));
+                                        RESTKV_RETURN_IF_FAILED(room_.check(run, layers_));
                                         for (index_t b = 0; b < batch(); ++b) take_in(run, b);
                                         ++layers_;
                                         return {};
@@ -124,63 +127,8 @@ class model_selection {
 
   void forget() noexcept {
     layers_ = 0;
-    for (index_t b = 0; b < batch(); ++b) {
-      memory_.pools[b].clear();
-      memory_.totals[b] = memory_.reserved[b] = memory_.held[b] = 0;
-    }
-  }
-
-  /// A sequence of the layer as a budget sees it.
-  template <class Run>
-  [[nodiscard]] budget_problem problem_of(const Run& run, index_t b) const noexcept {
-    index_t longest = 0;
-    index_t candidates = 0;
-    for (index_t r = 0; r < rows(); ++r) {
-      const index_t units = run.problem_of(b * rows() + r).units();
-      if (units >= longest) candidates = run.candidates_of(b * rows() + r);
-      longest = std::max(longest, units);
-    }
-    return {.heads = rows(), .length = longest, .candidates = candidates, .layer = layers_,
-            .layers = plan_.layer.shape.layers, .unit = unit()};
-  }
-  [[nodiscard]] index_t least_of(index_t candidates) const noexcept {
-    return std::min<index_t>(plan_.budget.least, candidates);
-  }
-  /// The budget of a head, where it is not less than what the policy protects of a sequence of this length.
-  [[nodiscard]] index_t per_head(const budget_problem& problem, index_t tokens) const noexcept {
-    const budget_problem unmasked = detail::budget_of_span(plan_.layer.policy, plan_.layer.shape, rows(), tokens);
-    return std::max(budget_size(plan_.budget.budget).of(problem),
-                    unmasked.protected_tokens() + least_of(unmasked.candidates));
-  }
-  /// Units of a row that are kept whatever their score.
-  template <class Run>
-  [[nodiscard]] index_t held_of(const Run& run, index_t row) const noexcept {
-    const index_t candidates = run.candidates_of(row);
-    return run.problem_of(row).units() - candidates + least_of(candidates);
-  }
-  /// Units that all layers of sequence b keep, by the one at hand.
-  template <class Run>
-  [[nodiscard]] index_t total_of(const Run& run, index_t b) const noexcept {
-    index_t tokens = 0;
-    for (index_t r = 0; r < rows(); ++r) tokens = std::max(tokens, run.problem_of(b * rows() + r).span.length);
-    return plan_.layer.shape.layers * rows() * per_head(problem_of(run, b), tokens);
-  }
-
-  /// Fails where a layer holds more for good than its part of the budget.
-  template <class Run>
-  [[nodiscard]] status check_room(const Run& run) const noexcept {
-    for (index_t b = 0; b < batch(); ++b) {
-      index_t held = 0;
-      for (index_t r = 0; r < rows(); ++r) held += held_of(run, b * rows() + r);
-      const index_t whole = (layers_ == 0 ? total_of(run, b) : memory_.totals[b]) / plan_.layer.shape.layers;
-      if (held <= whole) continue;
-      return status::error(
-          errc::invalid_argument,
-          "sequence %lld of layer %lld holds %lld %s whatever their score, the budget of a layer is %lld",
-          static_cast<long long>(b), static_cast<long long>(layers_), static_cast<long long>(held),
-          unit() == 1 ? "tokens" : "chunks or pages", static_cast<long long>(whole));
-    }
-    return {};
+    room_.forget();
+    for (index_t b = 0; b < batch(); ++b) memory_.pools[b].clear();
   }
 
   /// The sums over the layer's attention that the budget looks at, kept in `preferences` until the layer is taken in.
@@ -195,19 +143,16 @@ class model_selection {
           for (index_t h = 0; h < request.heads(); ++h) {
             const index_t kv_head = h * plan_.layer.shape.kv_heads / request.heads();
             const index_t past = request.past_of(sequence(layer, b, kv_head).length);
-            for (index_t n = 0; n < past; ++n) sums[b] += static_cast<double>(room(b, h, n));
+            detail::add_tiles(sums[b], past,
+                              [&](double sum, index_t n) { return sum + static_cast<double>(room(b, h, n)); });
           }
         }
         return {};
       };
-      const auto& policy = plan_.layer.policy;
-      const auto entropy = detail::make_attention_sum<detail::entropy_request>(policy, plan_.layer.shape);
-      const auto variance = detail::make_attention_sum<detail::variance_request>(policy, plan_.layer.shape);
-      typename Backend::template scratch<detail::entropy_request> entropy_scratch(backend, entropy, space);
-      typename Backend::template scratch<detail::variance_request> variance_scratch(backend, variance, space);
+      detail::attention_sums<Backend> sums(backend, plan_.layer.policy, plan_.layer.shape, space);
       RESTKV_RETURN_IF_FAILED(space.check());
-      RESTKV_RETURN_IF_FAILED(sum_rows(entropy, entropy_scratch, memory_.entropies));
-      RESTKV_RETURN_IF_FAILED(sum_rows(variance, variance_scratch, memory_.variances));
+      RESTKV_RETURN_IF_FAILED(sum_rows(sums.entropy, sums.entropy_scratch, memory_.entropies));
+      RESTKV_RETURN_IF_FAILED(sum_rows(sums.variance, sums.variance_scratch, memory_.variances));
     }
     return {};
   }
@@ -220,23 +165,18 @@ class model_selection {
       summary.attention_entropy = memory_.entropies[b];
       summary.attention_variance = memory_.variances[b];
     }
-    const auto for_each_score = [&](const auto& visit) {
-      for (index_t r = 0; r < rows(); ++r) {
-        for (const key_t key : run.keys_of(b * rows() + r)) {
-          if (key != excluded_key) visit(static_cast<double>(score_of_key<real>(key)));
-        }
+    for (index_t row = b * rows(); row < (b + 1) * rows(); ++row) {
+      const std::span<const key_t> keys = run.keys_of(row);
+      summary.candidates += run.candidates_of(row);
+      detail::add_tiles(summary.score_sum, std::ssize(keys), detail::add_scores<real>{keys.data()});
+    }
+    if (detail::has_entropy(summary)) {
+      double entropy = 0;
+      for (index_t row = b * rows(); row < (b + 1) * rows(); ++row) {
+        const std::span<const key_t> keys = run.keys_of(row);
+        detail::add_tiles(entropy, std::ssize(keys), detail::add_entropy<real>{keys.data(), summary.score_sum});
       }
-    };
-    for_each_score([&](double score) {
-      ++summary.candidates;
-      if (score > 0) summary.score_sum += score;
-    });
-    if (summary.candidates > 1 && summary.score_sum > 0 && std::isfinite(summary.score_sum)) {
-      for_each_score([&](double score) {
-        const double share = score / summary.score_sum;
-        if (share > 0) summary.score_entropy -= share * std::log(share);
-      });
-      summary.score_entropy /= std::log(static_cast<double>(summary.candidates));
+      summary.score_entropy = detail::relative_entropy(summary, entropy);
     }
     return summary;
   }
@@ -245,40 +185,19 @@ class model_selection {
   template <class Run>
   void take_in(const Run& run, index_t b) {
     detail::kept_pool<key_t>& pool = memory_.pools[b];
-    const index_t layers = plan_.layer.shape.layers;
-    if (layers_ == 0) {
-      memory_.totals[b] = total_of(run, b);
-      for (index_t r = 0; r < rows(); ++r) memory_.reserved[b] += held_of(run, b * rows() + r);
-    }
     const layer_summary summary = summarise(run, b);
-    index_t held = 0;
+    const double scale = detail::scale_of(plan_.budget, summary);
     for (index_t r = 0; r < rows(); ++r) {
       const auto row = run.problem_of(b * rows() + r);
       span_of(layers_, b, r) = {static_cast<position_t>(row.span.begin), static_cast<position_t>(row.span.length)};
-      const std::span<const key_t> keys = run.keys_of(b * rows() + r);
-      pool.append(keys);
-      if constexpr (compares_layers<Budget>()) rescale(summary, pool.keys(pool.rows() - 1));
-      held += held_of(run, b * rows() + r);
+      pool.append(run.keys_of(b * rows() + r));
+      for (key_t& key : pool.keys(pool.rows() - 1)) {
+        if (key != detail::held_key<key_t>) key = detail::rescaled_key<real>(key, scale);
+      }
       pool.hold(pool.rows() - 1, plan_.budget.least);
     }
-    memory_.held[b] += held;
-    // What all layers hold for good, those to come as the first, is not to be chosen.
-    const index_t to_come = (layers - 1 - layers_) * memory_.reserved[b];
-    const index_t chosen = std::max<index_t>(0, memory_.totals[b] - memory_.held[b] - to_come);
     if (b == 0) std::fill_n(memory_.dropped, layers_ + 1, index_t{0});
-    evict(pool, b, chosen, summary);
-  }
-
-  /// Keys of scores times the layer's scale.
-  void rescale(const layer_summary& summary, std::span<key_t> keys) const noexcept {
-    if constexpr (requires { plan_.budget.scale(summary); }) {
-      const double scale = plan_.budget.scale(summary);
-      if (scale == 1.0) return;
-      for (key_t& key : keys) {
-        if (key == detail::held_key<key_t> || key <= 1) continue;
-        key = order_key(static_cast<real>(static_cast<double>(score_of_key<real>(key)) * scale));
-      }
-    }
+    evict(pool, b, room_.enter(run, b, layers_), summary);
   }
 
   /// Keeps `chosen` candidates of all layers so far.
@@ -349,6 +268,7 @@ class model_selection {
   plan_t plan_;
   memory_t memory_;
   status fits_;
+  detail::model_room<plan_t> room_;
   index_t layers_ = 0;
 };
 

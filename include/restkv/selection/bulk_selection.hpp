@@ -66,13 +66,9 @@ class bulk_selection {
   }
 
   [[nodiscard]] status run(basic_kept_tokens<position_t, space>& kept) {
+    RESTKV_RETURN_IF_FAILED(count_candidates());
     bool anything = details_ != nullptr;
-    for (index_t b = 0; b < batch(); ++b) {
-      problem_.count_candidates(b, candidates_.data());
-      alike_candidates_[static_cast<std::size_t>(b)] = candidates_[0];
-      RESTKV_RETURN_IF_FAILED(problem_.check_budget(b, candidates_.data()));
-      anything = anything || !problem_.sequence(b, candidates_.data()).keeps_all();
-    }
+    for (index_t b = 0; b < batch(); ++b) anything = anything || !sequence_of(b).keeps_all();
     prunes_ = details_ == nullptr && memory_.pruning.keys != nullptr && (decides_by_pool() || decides_without_keys());
     RESTKV_RETURN_IF_FAILED(upload_spans());
     const bulk_kept out{memory_.positions.data, memory_.lengths.data, plan_.capacity, plan_.heads / plan_.rows};
@@ -91,13 +87,46 @@ class bulk_selection {
     return {};
   }
 
+  /// The host's part of `run`, before anything is enqueued: candidates, and whether the budgets hold what is protected.
+  [[nodiscard]] status count_candidates() {
+    for (index_t b = 0; b < batch(); ++b) {
+      problem_.count_candidates(b, candidates_.data());
+      alike_candidates_[static_cast<std::size_t>(b)] = candidates_[0];
+      RESTKV_RETURN_IF_FAILED(problem_.check_budget(b, candidates_.data()));
+    }
+    return {};
+  }
+  /// The first half of `run` alone, after `count_candidates`, for choices that look beyond the layer: every candidate
+  /// is scored and has its key.
+  [[nodiscard]] status rank_all() {
+    RESTKV_RETURN_IF_FAILED(upload_spans());
+    RESTKV_RETURN_IF_FAILED(upload_mask());
+    RESTKV_RETURN_IF_FAILED(measure_drift());
+    RESTKV_RETURN_IF_FAILED(backend_.token_scores(request_, layer_, scratch_, memory_.score));
+    return rank();
+  }
+  /// The rows, and where their keys lie.
+  [[nodiscard]] const bulk_rows& rows() const noexcept { return rows_; }
+  /// Order keys of the rows' units, `excluded_key` where a unit is protected.
+  [[nodiscard]] std::uint32_t* keys() const noexcept {
+    return prunes_ ? memory_.pruning.keys : reinterpret_cast<std::uint32_t*>(memory_.score.data);
+  }
+  /// See `selection_problem`.
+  [[nodiscard]] row_problem<T, space> problem_of(index_t row) const noexcept { return problem_.row(row); }
+  /// Units of a row that may be evicted, after `count_candidates`.
+  [[nodiscard]] index_t candidates_of(index_t row) const noexcept {
+    return heads_differ() ? problem_of(row).count_candidates()
+                          : alike_candidates_[static_cast<std::size_t>(row / plan_.rows)];
+  }
+  /// Units of the layer's longest row.
+  [[nodiscard]] index_t longest_row() const noexcept { return (tokens() + rows_.unit - 1) / rows_.unit; }
+  /// Room for scores of all heads once the layer is ranked, [batch, heads, tokens].
+  [[nodiscard]] const tensor_view<float, 3, space>& score_room() const noexcept { return memory_.smoothed; }
+
  private:
   [[nodiscard]] index_t batch() const noexcept { return plan_.shape.batch; }
   /// Tokens of the layer's longest row: none has more.
   [[nodiscard]] index_t tokens() const noexcept { return layer_.key.extent(2); }
-  [[nodiscard]] std::uint32_t* keys() const noexcept {
-    return prunes_ ? memory_.pruning.keys : reinterpret_cast<std::uint32_t*>(memory_.score.data);
-  }
   [[nodiscard]] bool heads_differ() const noexcept { return layer_.head_lengths.data != nullptr; }
   /// Sequence b and, in `candidates_`, its rows' candidates; valid until the next call. A mask was counted before: it
   /// does not go with heads that differ, whose candidates follow from their lengths.
@@ -114,15 +143,12 @@ class bulk_selection {
     uploader<Backend, bulk_span, 128> spans(backend_, memory_.spans);
     for (index_t row = 0; row < rows_.count; row += rows_.rows_per_span) {
       const row_problem<T, space> of_row = problem_.row(row);
-      RESTKV_RETURN_IF_FAILED(spans.add(
-          {.begin = static_cast<position_t>(of_row.span.begin),
-           .length = static_cast<position_t>(of_row.span.length),
-           .past = static_cast<position_t>(request_.past_of(of_row.span.length)),
-           .first = static_cast<position_t>(of_row.first),
-           .end = static_cast<position_t>(of_row.end),
-           .candidates =
-               static_cast<position_t>(heads_differ() ? of_row.count_candidates()
-                                                      : alike_candidates_[static_cast<std::size_t>(of_row.batch)])}));
+      RESTKV_RETURN_IF_FAILED(spans.add({.begin = static_cast<position_t>(of_row.span.begin),
+                                         .length = static_cast<position_t>(of_row.span.length),
+                                         .past = static_cast<position_t>(request_.past_of(of_row.span.length)),
+                                         .first = static_cast<position_t>(of_row.first),
+                                         .end = static_cast<position_t>(of_row.end),
+                                         .candidates = static_cast<position_t>(candidates_of(row))}));
     }
     return spans.flush();
   }
@@ -240,15 +266,15 @@ class bulk_selection {
     }
     using smooth = bulk::smooth_rows<decltype(plan_.policy.spatial)>;
     RESTKV_RETURN_IF_FAILED(backend_.for_each(
-        rows_.count * tokens(),
-        smooth{plan_.policy.spatial, memory_.score.data, memory_.smoothed.data, memory_.drift, rows_, tokens()}));
+        rows_.count * tokens(), smooth{plan_.policy.spatial, memory_.score.data, memory_.smoothed.data, memory_.drift,
+                                       rows_, plan_.rows, tokens()}));
     if (details_ != nullptr) {
       RESTKV_RETURN_IF_FAILED(backend_.for_each(
           rows_.count * copies * tokens(),
           bulk::describe_scores<space>{memory_.score.data, memory_.smoothed.data, memory_.drift, rows_, copies,
                                        plan_.heads, tokens(), details_->score, details_->smoothed, details_->drift}));
     }
-    const index_t units = (tokens() + rows_.unit - 1) / rows_.unit;
+    const index_t units = longest_row();
     const std::uint32_t* const mask = layer_.keep_mask.data == nullptr ? nullptr : memory_.mask;
     return backend_.for_each(rows_.count * units,
                              bulk::make_keys{plan_.policy.granularity, memory_.smoothed.data, keys(), mask, rows_,

@@ -74,8 +74,7 @@ class kernel_backend {
   template <class Request, element T>
   [[nodiscard]] status token_scores(const Request& request, const layer_view<T, space>& layer,
                                     scratch<Request>& scratch, tensor_view<float, 3, space> out) {
-    RESTKV_RETURN_IF_FAILED(kernel::token_scores(executor_, request, layer, metric_of(layer), scratch, out));
-    return outcome("scores of tokens");
+    return token_scores_of(layer, request, layer, scratch, out);
   }
 
   /// Bounds need no product with W_O's factor and, in the order `before`, no product with each query's output. In the
@@ -94,10 +93,7 @@ class kernel_backend {
   template <class Request, element T>
   [[nodiscard]] status score_bounds(const Request& request, const layer_view<T, space>& layer,
                                     scratch<Request>& scratch, tensor_view<float, 3, space> out) {
-    const auto& spectrum = layer.metric.spectrum;
-    RESTKV_RETURN_IF_FAILED(kernel::score_bounds(executor_, request, layer, metric_of(layer),
-                                                 {spectrum.data, spectrum.stride(0)}, scratch, out));
-    return outcome("bounds on the scores of tokens");
+    return score_bounds_of(layer, request, layer, scratch, out);
   }
 
   /// See `bounding_backend`.
@@ -105,8 +101,7 @@ class kernel_backend {
   [[nodiscard]] status exact_scores(const Request& request, const layer_view<T, space>& layer,
                                     scratch<Request>& scratch, tensor_view<token_state, 3, space> states,
                                     tensor_view<float, 3, space> out) {
-    RESTKV_RETURN_IF_FAILED(kernel::exact_scores(executor_, request, layer, metric_of(layer), scratch, states, out));
-    return outcome("scores of some tokens");
+    return exact_scores_of(layer, request, layer, scratch, states, out);
   }
 
   /// See `tensor_backend`.
@@ -114,8 +109,7 @@ class kernel_backend {
   [[nodiscard]] status window_drift(const Request& request, const layer_view<T, space>& layer,
                                     std::span<const index_t> most_attended, scratch<Request>& scratch,
                                     tensor_view<double, 2, space> out) {
-    RESTKV_RETURN_IF_FAILED(kernel::window_drift(executor_, request, layer, most_attended, scratch, out));
-    return outcome("the drift of a window");
+    return window_drift_of(layer, request, layer, most_attended, scratch, out);
   }
 
   /// See `bulk_backend`.
@@ -170,6 +164,40 @@ class kernel_backend {
       return {};
     }
   }
+
+ protected:
+  ///@{
+  /// The primitives, with keys and values of `caches`: the layer itself, or what else the kernels read.
+  template <class Caches, class Request, element T>
+  [[nodiscard]] status token_scores_of(const Caches& caches, const Request& request, const layer_view<T, space>& layer,
+                                       scratch<Request>& scratch, const tensor_view<float, 3, space>& out) {
+    RESTKV_RETURN_IF_FAILED(kernel::token_scores(executor_, request, layer, caches, metric_of(layer), scratch, out));
+    return outcome("scores of tokens");
+  }
+  template <class Caches, class Request, element T>
+  [[nodiscard]] status score_bounds_of(const Caches& caches, const Request& request, const layer_view<T, space>& layer,
+                                       scratch<Request>& scratch, const tensor_view<float, 3, space>& out) {
+    const auto& spectrum = layer.metric.spectrum;
+    RESTKV_RETURN_IF_FAILED(kernel::score_bounds(executor_, request, layer, caches, metric_of(layer),
+                                                 {spectrum.data, spectrum.stride(0)}, scratch, out));
+    return outcome("bounds on the scores of tokens");
+  }
+  template <class Caches, class Request, element T>
+  [[nodiscard]] status exact_scores_of(const Caches& caches, const Request& request, const layer_view<T, space>& layer,
+                                       scratch<Request>& scratch, const tensor_view<token_state, 3, space>& states,
+                                       const tensor_view<float, 3, space>& out) {
+    RESTKV_RETURN_IF_FAILED(
+        kernel::exact_scores(executor_, request, layer, caches, metric_of(layer), scratch, states, out));
+    return outcome("scores of some tokens");
+  }
+  template <class Caches, class Request, element T>
+  [[nodiscard]] status window_drift_of(const Caches& caches, const Request& request, const layer_view<T, space>& layer,
+                                       std::span<const index_t> most_attended, scratch<Request>& scratch,
+                                       const tensor_view<double, 2, space>& out) {
+    RESTKV_RETURN_IF_FAILED(kernel::window_drift(executor_, request, layer, caches, most_attended, scratch, out));
+    return outcome("the drift of a window");
+  }
+  ///@}
 
  private:
   template <element T>

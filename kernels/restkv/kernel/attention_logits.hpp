@@ -27,27 +27,30 @@ RESTKV_HD void stage_rows(Group& group, T* to, int rows, int columns, int stride
     const int r = static_cast<int>(item) / pieces;
     const int c = static_cast<int>(item) % pieces * step;
     T* const target = to + r * stride + c;
-    const token_row<T> row = row_of(r);
-    const index_t left = row.data == nullptr ? 0 : head_dim - first - c;
-    const T* const source = left > 0 ? row.data + (first + c) * row.stride : nullptr;
-    if (row.stride == 1 && left >= step && std::bit_cast<std::uintptr_t>(source) % 16 == 0) {
-      group.copy_16_bytes(target, source);
-      return;
+    const auto row = row_of(r);
+    const index_t left = row.exists() ? head_dim - first - c : 0;
+    const auto source = left > 0 ? row.from(first + c) : row;
+    if constexpr (requires { source.whole(); }) {
+      if (left >= step && source.whole()) {
+        group.copy_16_bytes(target, source.data);
+        return;
+      }
     }
-    for (int i = 0; i < step; ++i) group.write(target[i], i < left ? source[i * row.stride] : narrow<T>(0.0f));
+    for (int i = 0; i < step; ++i) group.write(target[i], i < left ? source.number(i) : narrow<T>(0.0f));
   });
 }
 
 /// A tile of logits, [Lanes, token_tile]. Sums run over the channels in ascending order, 16 at a time.
-template <element T, int Lanes, int Threads>
+template <cached T, int Lanes, int Threads>
 struct logit_tile {
+  using number = number_of<T>;
   static_assert(Lanes % 16 == 0 && (Lanes / 16 * 4) % (Threads / warp_size) == 0);
   static constexpr int stride = token_tile + 4;  ///< of a lane's logits
 
   /// Staging of queries and keys; free for other uses between two calls.
   struct operands {
-    alignas(32) T queries[Lanes * staged<T>::stride];
-    alignas(32) T keys[token_tile * staged<T>::stride];
+    alignas(32) number queries[Lanes * staged<number>::stride];
+    alignas(32) number keys[token_tile * staged<number>::stride];
     position_t seen[Lanes];  ///< tokens that a lane sees
   };
 
@@ -73,10 +76,10 @@ struct logit_tile {
       const int i = (first_lane + static_cast<int>(r)) % queries;
       group.write(memory.seen[r], r < at.lanes ? static_cast<position_t>(problem.visible(span, i)) : 0);
     });
-    auto sums = group.template accumulators<T, tiles>();
-    for (index_t first = 0; first < problem.head_dim; first += staged<T>::columns) {
-      stage_rows(group, memory.queries, Lanes, staged<T>::columns, staged<T>::stride, first, problem.head_dim,
-                 [&](int r) -> token_row<T> {
+    auto sums = group.template accumulators<number, tiles>();
+    for (index_t first = 0; first < problem.head_dim; first += staged<number>::columns) {
+      stage_rows(group, memory.queries, Lanes, staged<number>::columns, staged<number>::stride, first, problem.head_dim,
+                 [&](int r) -> token_row<number> {
                    const int i = (first_lane + r) % queries;
                    if (r >= at.lanes || problem.visible(span, i) == 0) return {};
                    const index_t head = at.kv_head * problem.group() + (first_lane + r) / queries;
@@ -84,20 +87,20 @@ struct logit_tile {
                                (span.first_row + problem.first_query + i) * problem.query_strides[2],
                            problem.query_strides[3]};
                  });
-      stage_rows(group, memory.keys, token_tile, staged<T>::columns, staged<T>::stride, first, problem.head_dim,
-                 [&](index_t t) -> token_row<T> {
+      stage_rows(group, memory.keys, token_tile, staged<number>::columns, staged<number>::stride, first,
+                 problem.head_dim, [&](index_t t) -> token_row<T> {
                    const index_t n = at.tokens[t];
                    if (n >= span.length) return {};
                    return problem.key.row(at.batch, at.kv_head, span.begin + n);
                  });
       group.sync();
       group.for_each_warp([&](int w) {
-        for (int k = 0; k < staged<T>::columns; k += 16) {
+        for (int k = 0; k < staged<number>::columns; k += 16) {
           unrolled<tiles>([&](auto i) {
             const int tile = w * tiles + i;
-            group.template mma_transposed<T>(sums(w)[i], memory.queries + tile / 4 * 16 * staged<T>::stride + k,
-                                             staged<T>::stride, memory.keys + tile % 4 * 16 * staged<T>::stride + k,
-                                             staged<T>::stride);
+            group.template mma_transposed<number>(
+                sums(w)[i], memory.queries + tile / 4 * 16 * staged<number>::stride + k, staged<number>::stride,
+                memory.keys + tile % 4 * 16 * staged<number>::stride + k, staged<number>::stride);
           });
         }
       });
@@ -106,7 +109,7 @@ struct logit_tile {
     group.for_each_warp([&](int w) {
       unrolled<tiles>([&](auto i) {
         const int tile = w * tiles + i;
-        group.template store<T>(sums(w)[i], logits + tile / 4 * 16 * stride + tile % 4 * 16, stride);
+        group.template store<number>(sums(w)[i], logits + tile / 4 * 16 * stride + tile % 4 * 16, stride);
       });
     });
     group.sync();

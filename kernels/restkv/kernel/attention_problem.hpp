@@ -53,17 +53,60 @@ struct tile_tokens {
   }
 };
 
+/// In place of an element type: numbers T that lie in a cache as codes, with parameters of type Scale; see
+/// coded_rows.hpp.
+template <element T, element Scale>
+struct coded {};
+
+/// The type that `number_of` names.
+template <class T>
+struct number_trait {
+  using type = T;
+};
+template <class T, class Scale>
+struct number_trait<coded<T, Scale>> {
+  using type = T;
+};
+
+/// What a kernel computes with where keys and values are of type T: T, or the numbers that codes stand for.
+template <class T>
+using number_of = typename number_trait<T>::type;
+
+/// The type that `cached_as` names.
+template <class T, class Caches>
+struct cached_trait {
+  using type = T;
+};
+
+/// The type of keys and values of a layer of T that lie in `Caches`.
+template <class T, class Caches>
+using cached_as = typename cached_trait<T, Caches>::type;
+
+/// The types that a cache may be of.
+template <class T>
+concept cached = element<number_of<T>>;
+
 /// One token's channels.
-template <element T>
+template <cached T>
 struct token_row {
   const T* data = nullptr;
   index_t stride = 1;
 
-  [[nodiscard]] RESTKV_HD float operator[](index_t c) const noexcept { return widen<float>(data[c * stride]); }
+  /// False of a row that stands for zeros.
+  [[nodiscard]] RESTKV_HD bool exists() const noexcept { return data != nullptr; }
+  /// Channel c as it is stored.
+  [[nodiscard]] RESTKV_HD T number(index_t c) const noexcept { return data[c * stride]; }
+  [[nodiscard]] RESTKV_HD float operator[](index_t c) const noexcept { return widen<float>(number(c)); }
+  /// The channels from c on, of a row that exists.
+  [[nodiscard]] RESTKV_HD token_row from(index_t c) const noexcept { return {data + c * stride, stride}; }
+  /// True where its first 16 bytes may be read at once.
+  [[nodiscard]] RESTKV_HD bool whole() const noexcept {
+    return stride == 1 && std::bit_cast<std::uintptr_t>(data) % 16 == 0;
+  }
 };
 
 /// A cache tensor, [batch, kv_heads, tokens, head_dim], in one piece or a few.
-template <element T>
+template <cached T>
 struct token_chunks {
   static constexpr int most = 8;
 
@@ -130,9 +173,9 @@ inline constexpr float most_distance = 1.8446743e19f;
 
 /// A layer and the queries that observe it. A *lane* is one query of one query head; the lanes of a KV head are those
 /// of its query heads, one head behind the other: lane j * queries + i is query i of head j.
-template <element T>
+template <cached T>
 struct attention_problem {
-  const T* query = nullptr;  ///< [batch, query_heads, rows, head_dim]
+  const number_of<T>* query = nullptr;  ///< [batch, query_heads, rows, head_dim]
   index_t query_strides[4] = {};
   token_chunks<T> key;
   token_chunks<T> value;
@@ -208,7 +251,7 @@ struct attention_problem {
 };
 
 /// Where a block works that takes one query head and a part of its tokens. Blocks: [batch, query_heads, parts].
-template <element T>
+template <cached T>
 struct head_block {
   index_t part;  ///< a tile, or a split, of the tokens
   index_t row;   ///< [batch, query_heads]
@@ -248,15 +291,16 @@ struct lane_softmax {
   [[nodiscard]] RESTKV_HD float bounded_rest() const noexcept { return rest > least_rest ? rest : least_rest; }
 };
 
-/// Fills in everything of a problem but its lanes and tables.
-template <class Request, element T, memory_space S>
-[[nodiscard]] status make_problem(const Request& request, const layer_view<T, S>& layer,
-                                  attention_problem<T>& problem) noexcept {
+/// Fills in everything of a problem but its lanes and tables. `caches` has `key` and `value`: the layer itself, or what
+/// they lie in as codes.
+template <class Request, element T, memory_space S, class Caches>
+[[nodiscard]] status make_problem(const Request& request, const layer_view<T, S>& layer, const Caches& caches,
+                                  attention_problem<cached_as<T, Caches>>& problem) noexcept {
   problem = {};
   problem.query = layer.query.data;
   for (std::size_t axis = 0; axis < 4; ++axis) problem.query_strides[axis] = layer.query.strides[axis];
-  RESTKV_RETURN_IF_FAILED(problem.key.assign("key", layer.key));
-  RESTKV_RETURN_IF_FAILED(problem.value.assign("value", layer.value));
+  RESTKV_RETURN_IF_FAILED(problem.key.assign("key", caches.key));
+  RESTKV_RETURN_IF_FAILED(problem.value.assign("value", caches.value));
   problem.perturbation = perturbation_of(request.score);
   problem.perturbed = problem.perturbation.active();
   problem.logit_scale = 1.0f / std::sqrt(static_cast<float>(request.shape.head_dim));

@@ -11,7 +11,7 @@ namespace restkv::kernel {
 /// One query head's smoothed attention over one tile of the past, and the largest of it. 1 - a of the smoothed
 /// attention a = S(a_i) comes from the queries' own rests r_i: 1 - S(1 - r) = -S(-r) for every smoother S that does not
 /// mind a constant. Blocks: [batch, query_heads, tiles].
-template <class Temporal, element T>
+template <class Temporal, cached T>
 struct attention_rows {
   static constexpr int threads = 128;
   static constexpr int lanes = 32;
@@ -102,7 +102,7 @@ struct attention_rows {
 };
 
 /// The largest of each row. Blocks: of 128 rows.
-template <element T>
+template <cached T>
 struct row_top_combine {
   static constexpr int threads = 128;
   struct shared {};

@@ -133,7 +133,7 @@ class attention_scratch {
 };
 
 /// The softmax of the lanes of a problem: two launches.
-template <class Executor, element T, class Request>
+template <class Executor, cached T, class Request>
 void launch_softmax(Executor& executor, const attention_problem<T>& problem,
                     const attention_scratch<Request>& scratch) {
   using split = softmax_split<T>;
@@ -144,7 +144,7 @@ void launch_softmax(Executor& executor, const attention_problem<T>& problem,
 }
 
 /// Sets the queries of a problem that are its lanes.
-template <class Request, element T>
+template <class Request, cached T>
 void set_lanes(attention_problem<T>& problem, const attention_scratch<Request>& scratch, index_t first) noexcept {
   problem.spans = scratch.spans;
   problem.split_tokens = scratch.split_tokens;
@@ -154,14 +154,16 @@ void set_lanes(attention_problem<T>& problem, const attention_scratch<Request>& 
 }
 
 /// A request's launches.
-template <class Executor, class Request, element T, memory_space S>
+template <class Executor, class Request, element Number, memory_space S, class Caches>
 class score_launches {
+  using T = cached_as<Number, Caches>;
+
  public:
   using needs = needs_of<Request>;
 
-  score_launches(Executor& executor, const Request& request, const layer_view<T, S>& layer, const metric_source& metric,
-                 attention_scratch<Request>& scratch, const score_rows& out) noexcept
-      : executor_(executor), request_(request), layer_(layer), scratch_(scratch) {
+  score_launches(Executor& executor, const Request& request, const layer_view<Number, S>& layer, const Caches& caches,
+                 const metric_source& metric, attention_scratch<Request>& scratch, const score_rows& out) noexcept
+      : executor_(executor), request_(request), layer_(layer), caches_(caches), scratch_(scratch) {
     in_.score = request.score;
     in_.temporal = request.temporal;
     in_.reduction = request.group;
@@ -247,7 +249,7 @@ class score_launches {
  private:
   /// Sets everything that kernels are told: no launch. No tiles: nothing to do.
   [[nodiscard]] status prepare() noexcept {
-    RESTKV_RETURN_IF_FAILED(make_problem(request_, layer_, in_.problem));
+    RESTKV_RETURN_IF_FAILED(make_problem(request_, layer_, caches_, in_.problem));
     set_lanes(in_.problem, scratch_, 0);
     index_t longest = 0;
     for (index_t b = 0; b < request_.shape.batch; ++b) {
@@ -261,9 +263,9 @@ class score_launches {
                         layer_.projection.extent(0),
                         {layer_.projection.stride(0), layer_.projection.stride(1)}};
     }
-    if (sizeof(T) == 2 && in_.metric.factor != nullptr) {
-      in_.factor = {reinterpret_cast<const T*>(scratch_.factor_pieces), scratch_.factor_inverse,
-                    metric_pieces<T>::width_of(request_.shape.head_dim)};
+    if (sizeof(Number) == 2 && in_.metric.factor != nullptr) {
+      in_.factor = {reinterpret_cast<const Number*>(scratch_.factor_pieces), scratch_.factor_inverse,
+                    metric_pieces<Number>::width_of(request_.shape.head_dim)};
     }
     in_.softmax = scratch_.softmax;
     in_.weights = scratch_.weights;
@@ -275,10 +277,10 @@ class score_launches {
   [[nodiscard]] bool whole_rows() const noexcept { return order_of(request_.score) == query_order::after; }
 
   void split_factor() {
-    if constexpr (sizeof(T) == 2) {
+    if constexpr (sizeof(Number) == 2) {
       if (in_.factor.data == nullptr) return;
-      executor_.launch(metric_split<T>{in_.metric, request_.shape.head_dim, in_.factor.width,
-                                       reinterpret_cast<T*>(scratch_.factor_pieces), scratch_.factor_inverse},
+      executor_.launch(metric_split<Number>{in_.metric, request_.shape.head_dim, in_.factor.width,
+                                            reinterpret_cast<Number*>(scratch_.factor_pieces), scratch_.factor_inverse},
                        request_.shape.query_heads);
     }
   }
@@ -387,7 +389,8 @@ class score_launches {
 
   Executor& executor_;
   const Request& request_;
-  const layer_view<T, S>& layer_;
+  const layer_view<Number, S>& layer_;
+  const Caches& caches_;
   attention_scratch<Request>& scratch_;
   score_inputs<Request, T> in_;
 };
@@ -400,31 +403,31 @@ template <memory_space O>
 
 /// The rows of scores of a request, see `tensor_backend`: fills out[b][h][0 .. past), out is [batch, heads, tokens].
 /// layer, metric (the factor of output_metric_view, where the score measures in it), scratch and out lie in the
-/// executor's memory; lengths on the host. Everything is launched in order, nothing waits. Fails, and then writes no
-/// score, with `unsupported` on scores of whole heads, and where a cache lies in more than token_chunks::most chunks.
+/// executor's memory; lengths on the host. caches: what keys and values are read from, the layer itself or
+/// `coded_caches`. Everything is launched in order, nothing waits. Fails, and then writes no score, with `unsupported`
+/// on scores of whole heads, and where a cache lies in more than token_chunks::most chunks.
 ///
 /// Cost with W_O: head_dim^2 / 2 + 2 window head_dim multiply-adds a token and query head; a key is read two to three
 /// times for every 64 lanes, a value twice.
-template <class Executor, class Request, element T, memory_space S, memory_space O>
+template <class Executor, class Request, element T, memory_space S, class Caches, memory_space O>
 [[nodiscard]] status token_scores(Executor& executor, const Request& request, const layer_view<T, S>& layer,
-                                  const metric_source& metric, attention_scratch<Request>& scratch,
-                                  const tensor_view<float, 3, O>& out) {
+                                  const Caches& caches, const metric_source& metric,
+                                  attention_scratch<Request>& scratch, const tensor_view<float, 3, O>& out) {
   using score = typename needs_of<Request>::score;
   if constexpr (head_score<score>) {
     return status::error(errc::unsupported, "scores of whole heads do not run on the kernels");
   } else {
-    return score_launches<Executor, Request, T, S>(executor, request, layer, metric, scratch, rows_of(out)).run();
+    return score_launches(executor, request, layer, caches, metric, scratch, rows_of(out)).run();
   }
 }
 
 /// Upper bounds on the scores of a request, see `bounding_backend`; the scratch `prunes`. Errors as `token_scores`.
-template <class Executor, class Request, element T, memory_space S, memory_space O>
+template <class Executor, class Request, element T, memory_space S, class Caches, memory_space O>
 [[nodiscard]] status score_bounds(Executor& executor, const Request& request, const layer_view<T, S>& layer,
-                                  const metric_source& metric, const metric_spectrum& spectrum,
+                                  const Caches& caches, const metric_source& metric, const metric_spectrum& spectrum,
                                   attention_scratch<Request>& scratch, const tensor_view<float, 3, O>& out) {
   if constexpr (bounded_by_distance<Request>()) {
-    return score_launches<Executor, Request, T, S>(executor, request, layer, metric, scratch, rows_of(out))
-        .bound(spectrum);
+    return score_launches(executor, request, layer, caches, metric, scratch, rows_of(out)).bound(spectrum);
   } else {
     return status::error(errc::unsupported, "the scores have no bound");
   }
@@ -432,13 +435,13 @@ template <class Executor, class Request, element T, memory_space S, memory_space
 
 /// The scores of the tokens that `states` [batch, heads, tokens] marks `wanted`, which are `scored` then. After
 /// `score_bounds` with the same scratch.
-template <class Executor, class Request, element T, memory_space S, memory_space O>
+template <class Executor, class Request, element T, memory_space S, class Caches, memory_space O>
 [[nodiscard]] status exact_scores(Executor& executor, const Request& request, const layer_view<T, S>& layer,
-                                  const metric_source& metric, attention_scratch<Request>& scratch,
-                                  const tensor_view<token_state, 3, O>& states, const tensor_view<float, 3, O>& out) {
+                                  const Caches& caches, const metric_source& metric,
+                                  attention_scratch<Request>& scratch, const tensor_view<token_state, 3, O>& states,
+                                  const tensor_view<float, 3, O>& out) {
   if constexpr (bounded_by_distance<Request>()) {
-    return score_launches<Executor, Request, T, S>(executor, request, layer, metric, scratch, rows_of(out))
-        .score_wanted(states);
+    return score_launches(executor, request, layer, caches, metric, scratch, rows_of(out)).score_wanted(states);
   } else {
     return status::error(errc::unsupported, "the scores have no bound");
   }
@@ -449,7 +452,7 @@ template <class Executor, class Request, element T>
 [[nodiscard]] status token_scores(Executor& executor, const Request& request, const layer_view<T>& layer,
                                   attention_scratch<Request>& scratch, const tensor_view<float, 3>& out) {
   const auto& factor = layer.metric.factor;
-  return token_scores(executor, request, layer,
+  return token_scores(executor, request, layer, layer,
                       metric_source{factor.data, {factor.stride(0), factor.stride(1), factor.stride(2)}}, scratch, out);
 }
 

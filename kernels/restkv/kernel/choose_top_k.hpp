@@ -30,7 +30,7 @@ struct top_k_memory {
   top_k_memory(const radix_tuning& with, const bulk_shape& largest, workspace& space) noexcept
       : tuning(with),
         shape(largest),
-        room(largest.rows * largest.units / 4),
+        room(largest.most_keys() / 4),
         split_segments(std::min(largest.rows, std::max<index_t>(with.blocks_to_fill, 1))),
         tiles(most_tiles(largest.units)),
         aside(space.take<std::uint32_t>(room)),

@@ -77,7 +77,7 @@ struct chosen_length {
     const index_t units = rows.units_of(row);
     index_t tokens = all.chosen(pivot.equal) * rows.unit;
     if (units > 0) {
-      const std::uint32_t last = keys[row * rows.stride + units - 1];
+      const std::uint32_t last = keys[rows.begin_of(row) + units - 1];
       const bool chosen = last == excluded_key || last > pivot.key || (last == pivot.key && all.equal <= pivot.equal);
       if (chosen) tokens -= units * rows.unit - rows.span_of(row).length;  // the last unit may be smaller
     }
@@ -105,7 +105,7 @@ struct choose_tiles {
   template <class Group>
   RESTKV_HD void operator()(Group& group, shared& memory, index_t block) const {
     const index_t r = block / tiles;
-    const chosen_tile tile{{keys + r * rows.stride, rows.units_of(r)}, pivots[r].key, static_cast<int>(block % tiles)};
+    const chosen_tile tile{{keys + rows.begin_of(r), rows.units_of(r)}, pivots[r].key, static_cast<int>(block % tiles)};
     auto mine = group.template locals<std::uint64_t, 1>();
     group.for_each_thread([&](int t) {
       std::array<std::uint32_t, chosen_tile::units_of_thread> own;
@@ -169,7 +169,7 @@ struct choose_write {
     // No row has 2^32 keys.
     const auto wanted = static_cast<std::uint32_t>(pivot.equal < 0xffffffff ? pivot.equal : 0xffffffff);
     std::uint64_t before = of_tiles == nullptr ? 0 : of_tiles[r * tiles + first];
-    const key_row row{length.keys + r * rows.stride, rows.units_of(r)};
+    const key_row row{length.keys + rows.begin_of(r), rows.units_of(r)};
     const int of_row = (row.quads() + chosen_tile::units / 4 - 1) / (chosen_tile::units / 4);
     const int last = of_tiles == nullptr || of_row <= first ? of_row : first + 1;
     auto keys = group.template locals<std::uint32_t, chosen_tile::units_of_thread>();
@@ -218,18 +218,19 @@ struct choose_write {
     const bulk_span& span = rows.span_of(r);
     // A unit that is longer than the row is the only one.
     const auto unit = static_cast<std::uint32_t>(rows.unit < span.length ? rows.unit : index_t{span.length});
-    group.for_each(count * unit, [&](index_t item) {
-      const auto i = static_cast<std::uint32_t>(item);
-      const index_t n = group.read(memory.units[i / unit]) * rows.unit + i % unit;
-      if (n >= span.length) return;  // behind the row's last token
-      // The unit fits or none of its tokens is written.
-      const index_t token = begin * rows.unit + i;
-      const index_t left = span.length - n + i % unit;
-      if (token - i % unit + (left < rows.unit ? left : rows.unit) > kept.capacity) return;
-      for (index_t copy = r * kept.copies; copy < (r + 1) * kept.copies; ++copy) {
-        group.write(kept.positions[copy * kept.capacity + token], static_cast<position_t>(span.begin + n));
-      }
-    });
+    for (index_t copy = r * kept.copies; copy < (r + 1) * kept.copies; ++copy) {
+      position_t* const to = kept.positions + kept.begin_of(copy);
+      group.for_each(count * unit, [&](index_t item) {
+        const auto i = static_cast<std::uint32_t>(item);
+        const index_t n = group.read(memory.units[i / unit]) * rows.unit + i % unit;
+        if (n >= span.length) return;  // behind the row's last token
+        // The unit fits or none of its tokens is written.
+        const index_t token = begin * rows.unit + i;
+        const index_t left = span.length - n + i % unit;
+        if (token - i % unit + (left < rows.unit ? left : rows.unit) > kept.capacity) return;
+        group.write(to[token], static_cast<position_t>(span.begin + n));
+      });
+    }
   }
 };
 

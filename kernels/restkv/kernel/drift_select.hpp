@@ -20,7 +20,7 @@ inline constexpr drift_digit drift_passes[] = {{25, 7}, {18, 7}, {12, 6}, {6, 6}
 
 /// Every lane before the first pass. Queries of an odd window's end, and sequences without tokens, take no part.
 /// Blocks: of 128 lanes.
-template <element T>
+template <cached T>
 struct drift_begin {
   static constexpr int threads = 128;
   struct shared {};
@@ -53,7 +53,7 @@ struct drift_begin {
 };
 
 /// Where a block of the passes over the tokens works.
-template <element T>
+template <cached T>
 struct drift_place {
   static constexpr int lanes = 32;
   index_t split;
@@ -88,7 +88,7 @@ struct drift_place {
 
 /// Counts one digit of the keys that share what is known of their lane's pivot. Blocks: [batch, kv_heads, lane tiles,
 /// splits].
-template <element T>
+template <cached T>
 struct drift_count_digits {
   static constexpr int threads = 128;
   using tile = logit_tile<T, drift_place<T>::lanes, threads>;
@@ -172,7 +172,7 @@ struct drift_find_digit {
 /// Per split and lane: the sum of the positions of keys above the pivot, and how many equal it; or, once it is known
 /// how many equal it in the splits before, the sum of the positions of those among the first `wanted` in all. Blocks:
 /// [batch, kv_heads, lane tiles, splits].
-template <element T>
+template <cached T>
 struct drift_sum_positions {
   static constexpr int threads = 128;
   using tile = logit_tile<T, drift_place<T>::lanes, threads>;
@@ -247,7 +247,7 @@ struct drift_rank_ties {
 };
 
 /// The drift of every query head: the front half's sums less the rear half's. Blocks: of 128 heads.
-template <element T>
+template <cached T>
 struct drift_combine {
   static constexpr int threads = 128;
   struct shared {};
@@ -295,12 +295,13 @@ struct drift_combine {
 
 /// The drift of each query head's attention, see `tensor_backend`; `out` [batch, query_heads] lies in the executor's
 /// memory, most_attended [batch] on the host. 7 passes over the logits of the window. Nothing waits.
-template <class Executor, class Request, element T, memory_space S, memory_space O>
-[[nodiscard]] status window_drift(Executor& executor, const Request& request, const layer_view<T, S>& layer,
-                                  std::span<const index_t> most_attended, attention_scratch<Request>& scratch,
-                                  const tensor_view<double, 2, O>& out) {
+template <class Executor, class Request, element Number, memory_space S, class Caches, memory_space O>
+[[nodiscard]] status window_drift(Executor& executor, const Request& request, const layer_view<Number, S>& layer,
+                                  const Caches& caches, std::span<const index_t> most_attended,
+                                  attention_scratch<Request>& scratch, const tensor_view<double, 2, O>& out) {
+  using T = cached_as<Number, Caches>;
   attention_problem<T> problem;
-  RESTKV_RETURN_IF_FAILED(make_problem(request, layer, problem));
+  RESTKV_RETURN_IF_FAILED(make_problem(request, layer, caches, problem));
   problem.perturbation = {};
   problem.perturbed = false;
   if constexpr (!needs_of<Request>::window) {

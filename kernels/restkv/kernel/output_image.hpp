@@ -50,7 +50,7 @@ struct output_states {
 
 /// Per cell (a lane; a query head where attention was smoothed first): o = sum of the splits in ascending order + a_top
 /// v_top, and o - v_top = the others' part - (1 - a_top) v_top, which does not cancel. Blocks: [cells].
-template <element T>
+template <cached T>
 struct output_image {
   static constexpr int threads = 128;
   struct shared {
@@ -145,7 +145,7 @@ struct output_image {
 };
 
 /// Per split and KV head, the sum of its values. Blocks: [batch, kv_heads, splits].
-template <element T>
+template <cached T>
 struct value_sum_split {
   static constexpr int threads = 128;
   struct shared {};
@@ -177,7 +177,7 @@ struct value_sum_split {
 };
 
 /// Per query head, the image of its KV head's mean value. Blocks: [batch, query_heads].
-template <element T>
+template <cached T>
 struct value_mean_image {
   static constexpr int threads = 128;
   struct shared {

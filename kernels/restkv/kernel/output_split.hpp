@@ -14,11 +14,11 @@ inline constexpr int output_channels = 128;
 
 /// Copies the values of the first `tokens` tokens of `from` to shared memory as floats [tokens, stride], 16 bytes at a
 /// time where they lie so; zeros behind the sequence and beyond head_dim.
-template <class Group, element T>
+template <class Group, cached T>
 RESTKV_HD void stage_values(Group& group, float* to, int stride, int tokens, int channels, const token_chunks<T>& cache,
                             index_t b, index_t kv_head, const head_span& span, const tile_tokens& from,
                             index_t first_channel, index_t head_dim) {
-  constexpr int step = 16 / static_cast<int>(sizeof(T));
+  constexpr int step = 16 / static_cast<int>(sizeof(number_of<T>));
   const int pieces = channels / step;
   group.for_each(tokens * pieces, [&](index_t item) {
     const int row_index = static_cast<int>(item) / pieces;
@@ -26,15 +26,17 @@ RESTKV_HD void stage_values(Group& group, float* to, int stride, int tokens, int
     float* const target = to + row_index * stride + c;
     const index_t n = from[row_index];
     const index_t left = n < span.length ? head_dim - first_channel - c : 0;
-    token_row<T> row;
-    if (left > 0) row = cache.row(b, kv_head, span.begin + n);
-    const T* const source = left > 0 ? row.data + (first_channel + c) * row.stride : nullptr;
-    if (row.stride == 1 && left >= step && std::bit_cast<std::uintptr_t>(source) % 16 == 0) {
-      const auto values = group.load_16_bytes(source);
-      unrolled<step>([&](auto i) { group.write(target[i], group.to_float(values[static_cast<std::size_t>(int{i})])); });
-      return;
+    token_row<T> source;
+    if (left > 0) source = cache.row(b, kv_head, span.begin + n).from(first_channel + c);
+    if constexpr (requires { source.whole(); }) {
+      if (left >= step && source.whole()) {
+        const auto values = group.load_16_bytes(source.data);
+        unrolled<step>(
+            [&](auto i) { group.write(target[i], group.to_float(values[static_cast<std::size_t>(int{i})])); });
+        return;
+      }
     }
-    for (int i = 0; i < step; ++i) group.write(target[i], i < left ? group.to_float(source[i * row.stride]) : 0.0f);
+    for (int i = 0; i < step; ++i) group.write(target[i], i < left ? group.to_float(source.number(i)) : 0.0f);
   });
 }
 
@@ -42,26 +44,27 @@ RESTKV_HD void stage_values(Group& group, float* to, int stride, int tokens, int
 /// does not see have a_n = 0). 16-bit values are multiplied on tensor cores, the weights as sums of 16-bit pieces; an
 /// infinite value then makes an output that is no number. Blocks: [batch, kv_heads, lane tiles, channel blocks,
 /// splits].
-template <element T>
+template <cached T>
 struct output_split {
   static constexpr int threads = 128;
   static constexpr int lanes = 32;
+  using number = number_of<T>;
   using tile = logit_tile<T, lanes, threads>;
-  static constexpr int pieces = pieces_of<T>;
-  static constexpr int value_tokens = sizeof(T) == 2 ? token_tile : token_tile / 2;
-  static constexpr int value_stride = output_channels + 16 / static_cast<int>(sizeof(T));
+  static constexpr int pieces = pieces_of<number>;
+  static constexpr int value_tokens = sizeof(number) == 2 ? token_tile : token_tile / 2;
+  static constexpr int value_stride = output_channels + 16 / static_cast<int>(sizeof(number));
   static constexpr int piece_stride = token_tile + 8;
   /// Half holds the weights relative to the lane's largest, times 2^15: what is lost is below 2^-40 of the largest. The
   /// other types hold the shares themselves.
-  static constexpr bool relative = std::is_same_v<T, restkv::half>;
+  static constexpr bool relative = std::is_same_v<number, restkv::half>;
   static constexpr float relative_scale = 32768.0f;
   struct shared {
     union {
       typename tile::operands operands;
-      alignas(32) T values[value_tokens * value_stride];
+      alignas(32) number values[value_tokens * value_stride];
     };
     alignas(32) float weights[lanes * tile::stride];
-    alignas(32) T weight_pieces[sizeof(T) == 2 ? pieces * lanes * piece_stride : 1];
+    alignas(32) number weight_pieces[sizeof(number) == 2 ? pieces * lanes * piece_stride : 1];
   };
 
   attention_problem<T> problem;
@@ -92,7 +95,7 @@ struct output_split {
     // A warp: 16 lanes, half of the channels.
     constexpr int columns = output_channels / 16 / 2;
     static_assert(lanes == 32 && threads == 4 * warp_size);
-    auto sums = group.template accumulators<T, columns>();
+    auto sums = group.template accumulators<number, columns>();
     for (index_t first = begin; first < end; first += token_tile) {
       tile::compute(group, memory.operands, memory.weights, problem, span, {b, kv_head, first_lane, count, first});
       group.for_each(lanes * token_tile, [&](index_t item) {
@@ -107,8 +110,8 @@ struct output_split {
             weight = std::exp(logit - lane.second) * (relative ? relative_scale : lane.second_scale);
           }
         }
-        if constexpr (sizeof(T) == 2) {
-          split_float<T>(weight, [&](auto piece, T part) {
+        if constexpr (sizeof(number) == 2) {
+          split_float<number>(weight, [&](auto piece, number part) {
             group.write(memory.weight_pieces[(piece * lanes + r) * piece_stride + t], part);
           });
         } else {
@@ -116,26 +119,26 @@ struct output_split {
         }
       });
       for (int part = 0; part < token_tile; part += value_tokens) {
-        stage_rows<Group, T>(group, memory.values, value_tokens, output_channels, value_stride, first_channel,
-                             problem.head_dim, [&](index_t t) -> token_row<T> {
-                               const index_t n = first + part + t;
-                               if (n >= span.length) return {};
-                               return problem.value.row(b, kv_head, span.begin + n);
-                             });
+        stage_rows<Group, number>(group, memory.values, value_tokens, output_channels, value_stride, first_channel,
+                                  problem.head_dim, [&](index_t t) -> token_row<T> {
+                                    const index_t n = first + part + t;
+                                    if (n >= span.length) return {};
+                                    return problem.value.row(b, kv_head, span.begin + n);
+                                  });
         group.sync();
         group.for_each_warp([&](int w) {
           for (int k = 0; k < value_tokens; k += 16) {
             unrolled<columns>([&](auto i) {
-              const T* const values = memory.values + k * value_stride + (w / 2 * columns + i) * 16;
-              if constexpr (sizeof(T) == 2) {
+              const number* const values = memory.values + k * value_stride + (w / 2 * columns + i) * 16;
+              if constexpr (sizeof(number) == 2) {
                 unrolled<pieces>([&](auto piece) {
-                  group.template mma<T>(sums(w)[i],
-                                        memory.weight_pieces + (piece * lanes + w % 2 * 16) * piece_stride + part + k,
-                                        piece_stride, values, value_stride);
+                  group.template mma<number>(
+                      sums(w)[i], memory.weight_pieces + (piece * lanes + w % 2 * 16) * piece_stride + part + k,
+                      piece_stride, values, value_stride);
                 });
               } else {
-                group.template mma<T>(sums(w)[i], memory.weights + w % 2 * 16 * tile::stride + part + k, tile::stride,
-                                      values, value_stride);
+                group.template mma<number>(sums(w)[i], memory.weights + w % 2 * 16 * tile::stride + part + k,
+                                           tile::stride, values, value_stride);
               }
             });
           }
@@ -148,7 +151,7 @@ struct output_split {
       group.for_each_warp([&](int w) {
         if (w / 2 != half) return;
         unrolled<columns>([&](auto i) {
-          group.template store<T>(sums(w)[i], memory.weights + w % 2 * 16 * tile::stride + i * 16, tile::stride);
+          group.template store<number>(sums(w)[i], memory.weights + w % 2 * 16 * tile::stride + i * 16, tile::stride);
         });
       });
       group.sync();
@@ -174,7 +177,7 @@ struct row_top {
 
 /// Order `after`: per split and query head, sum over past n != top of row[n] v_n. Blocks: [batch, kv_heads, head tiles
 /// of 16, channel blocks, splits].
-template <element T>
+template <cached T>
 struct row_output_split {
   static constexpr int threads = 128;
   static constexpr int heads = 16;

@@ -167,7 +167,7 @@ struct key_segments {
     return all < rows.count ? all : rows.count;
   }
   /// The keys of a row.
-  [[nodiscard]] RESTKV_HD key_row row(index_t r) const noexcept { return {keys + r * rows.stride, rows.units_of(r)}; }
+  [[nodiscard]] RESTKV_HD key_row row(index_t r) const noexcept { return {keys + rows.begin_of(r), rows.units_of(r)}; }
 };
 
 /// Fours that a row of `units` keys has at most.

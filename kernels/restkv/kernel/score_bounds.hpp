@@ -49,7 +49,7 @@ struct tile_reach {
 
 /// Sets the reach of the tile's tokens. Uses `image` [token_tile, value_images::stride]. Ends phases; memory and image
 /// must be free when it begins.
-template <class Group, class Request, element T>
+template <class Group, class Request, cached T>
 RESTKV_HD void measure_reach(Group& group, tile_reach& memory, float* image, const score_inputs<Request, T>& in,
                              const score_place& at, index_t head) {
   using images = value_images<T, Group::threads>;
@@ -88,7 +88,7 @@ struct metric_spectrum {
 
 /// Per query head: the mean c of its outputs, how far their images lie from that of c, and the stretch of its metric.
 /// Blocks: [batch, query_heads].
-template <element T>
+template <cached T>
 struct bound_distances {
   static constexpr int threads = 128;
   struct shared {

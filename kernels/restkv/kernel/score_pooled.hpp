@@ -15,7 +15,7 @@ struct pool_sum {
 };
 
 /// The sums of one split. Blocks: [batch, query_heads, splits].
-template <element T>
+template <cached T>
 struct pool_sums {
   static constexpr int threads = 128;
   static constexpr int lanes = 32;
@@ -71,7 +71,7 @@ struct pool_sums {
 /// One query head's scores of a tile of tokens: the shares of a query become the mean over `width` neighbours of the
 /// past, scaled back to their sum. Each mean is a sum of its own terms, so that a large share leaves no trace in means
 /// that do not contain it. Blocks: [batch, query_heads, tiles].
-template <class Request, element T>
+template <class Request, cached T>
 struct score_pooled {
   using needs = needs_of<Request>;
   static constexpr int threads = 128;

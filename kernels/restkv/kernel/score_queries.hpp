@@ -11,7 +11,7 @@ namespace restkv::kernel {
 /// computed again, and distances are sums of squared differences M v - M o, which do not cancel where v is close to o.
 /// With `Bounds`, bounds on the distances stand in for them: no product with M, none with every output.
 /// Blocks: [batch, rows, tiles].
-template <class Request, element T, bool Bounds = false>
+template <class Request, cached T, bool Bounds = false>
 struct score_queries {
   using needs = needs_of<Request>;
   static constexpr int threads = 128;

@@ -8,7 +8,7 @@
 namespace restkv::kernel {
 
 /// The scores of one tile of tokens of one row, or bounds on them. Blocks: [batch, rows, tiles].
-template <class Request, element T, bool Bounds = false>
+template <class Request, cached T, bool Bounds = false>
 struct score_smoothed {
   using needs = needs_of<Request>;
   static constexpr int threads = 128;

@@ -44,7 +44,7 @@ template <class Request>
 /// One query head's scores of a tile of tokens under the lanes of a problem, folded into running scores: a block of
 /// queries of a window that may be as long as the prompt. Token n is scored by the queries that see it. Blocks: [batch,
 /// query_heads, tiles].
-template <class Request, element T>
+template <class Request, cached T>
 struct score_stream {
   using needs = needs_of<Request>;
   static constexpr int threads = 128;
@@ -117,7 +117,7 @@ struct score_stream {
 };
 
 /// From scores of query heads to rows. Blocks: [batch, rows, tiles].
-template <element T>
+template <cached T>
 struct fold_heads {
   static constexpr int threads = 64;
   struct shared {};

@@ -51,7 +51,7 @@ struct listed_tokens {
 };
 
 /// What the score kernels read and write.
-template <class Request, element T>
+template <class Request, cached T>
 struct score_inputs {
   using needs = needs_of<Request>;
 
@@ -62,8 +62,8 @@ struct score_inputs {
   index_t heads_of_row;  ///< query heads whose scores become one row
   index_t row_tiles;     ///< tiles of the longest past
   metric_source metric;
-  metric_pieces<T> factor{};  ///< of `metric`, where kernels multiply it on tensor cores
-  projection_source<T> projection;
+  metric_pieces<number_of<T>> factor{};  ///< of `metric`, where kernels multiply it on tensor cores
+  projection_source<number_of<T>> projection;
   const float* mean_image = nullptr;      ///< [batch * query_heads, head_dim]
   const lane_softmax* softmax = nullptr;  ///< [batch * kv_heads * lanes]
   const float* weights = nullptr;         ///< [window]
@@ -92,7 +92,7 @@ struct score_place {
   tile_tokens tokens;  ///< the first `count` of them
   head_span span;
 
-  template <class Request, element T>
+  template <class Request, cached T>
   RESTKV_HD score_place(const score_inputs<Request, T>& in, index_t block) noexcept
       : tokens(block % in.row_tiles * token_tile) {
     const index_t rows = in.rows();
@@ -129,7 +129,7 @@ struct token_facts {
 };
 
 /// Facts of a row's KV head: the same for all its query heads. Uses `image` [token_tile, value_images::stride].
-template <class Group, class Request, element T>
+template <class Group, class Request, cached T>
 RESTKV_HD void gather_head_facts(Group& group, token_facts& facts, float* image, const score_inputs<Request, T>& in,
                                  const score_place& at) {
   using needs = needs_of<Request>;
@@ -169,7 +169,7 @@ RESTKV_HD void gather_head_facts(Group& group, token_facts& facts, float* image,
 }
 
 /// ||W[h] v||_1 of the tile's tokens, hidden channels in ascending order.
-template <class Group, class Request, element T, class Operands>
+template <class Group, class Request, cached T, class Operands>
 RESTKV_HD void gather_projected_norms(Group& group, token_facts& facts, Operands& memory, float* image,
                                       const score_inputs<Request, T>& in, const score_place& at, index_t head) {
   using images = value_images<T, Group::threads>;
@@ -193,7 +193,7 @@ RESTKV_HD void gather_projected_norms(Group& group, token_facts& facts, Operands
 }
 
 /// Adds a chunk of the tile's images to the facts that come from them: channels [first, first + value_images::columns).
-template <class Request, class Group, element T>
+template <class Request, class Group, cached T>
 RESTKV_HD void add_image_facts(Group& group, token_facts& facts, const float* image, const score_inputs<Request, T>& in,
                                index_t first, const float* mean) {
   using needs = needs_of<Request>;
@@ -215,7 +215,7 @@ RESTKV_HD void add_image_facts(Group& group, token_facts& facts, const float* im
 }
 
 /// A token's features without those of the window's queries.
-template <class Group, class Request, element T>
+template <class Group, class Request, cached T>
 [[nodiscard]] RESTKV_HD token_features<float> features_of_token(Group& group, const token_facts& facts,
                                                                 const score_inputs<Request, T>& in,
                                                                 const score_place& at, index_t head, index_t t) {
@@ -235,7 +235,7 @@ template <class Group, class Request, element T>
 }
 
 /// Folds one head's score of token t, or the bound on it, into its row, and writes the row's after the last head.
-template <bool Bounds = false, class Group, class Request, element T>
+template <bool Bounds = false, class Group, class Request, cached T>
 RESTKV_HD void deliver_score(Group& group, token_facts& facts, const score_inputs<Request, T>& in,
                              const score_place& at, index_t j, index_t t, float score) {
   const float running = j == 0 ? 0.0f : group.read(facts.folded[t]);

@@ -56,7 +56,7 @@ struct softmax_part {
 
 /// One split of one KV head's tokens under `Lanes` of its lanes. Two parts a split and lane: its even and its odd
 /// tokens. Blocks: [batch, kv_heads, lane tiles, splits]; reads every key once for each lane tile.
-template <element T>
+template <cached T>
 struct softmax_split {
   static constexpr int threads = 128;
   static constexpr int lanes = 64;

@@ -16,12 +16,13 @@ struct projection_source {
 };
 
 /// Products of a tile's values with a matrix, 32 columns at a time: image [token_tile, stride].
-template <element T, int Threads>
+template <cached T, int Threads>
 struct value_images {
+  using number = number_of<T>;
   static constexpr int columns = 32;
   static constexpr int stride = columns + 4;
 
-  static constexpr int pieces = pieces_of<T>;
+  static constexpr int pieces = pieces_of<number>;
   static constexpr int piece_stride = columns + 8;  ///< of 16-bit rows
 
   struct float_operands {
@@ -29,8 +30,8 @@ struct value_images {
     alignas(32) float matrix[columns * stride];
   };
   struct piece_operands {
-    alignas(32) T values[token_tile * piece_stride];
-    alignas(32) T matrix[pieces * columns * piece_stride];
+    alignas(32) number values[token_tile * piece_stride];
+    alignas(32) number matrix[pieces * columns * piece_stride];
   };
   union operands {
     float_operands whole;
@@ -84,20 +85,21 @@ struct value_images {
   /// The same with the pieces of a head's factor, on tensor cores: values are exact, and so are products.
   template <class Group>
   RESTKV_HD static void multiply_pieces(Group& group, operands& memory, float* image,
-                                        const attention_problem<T>& problem, const metric_pieces<T>& factor, index_t b,
-                                        index_t head, const head_span& span, const tile_tokens& tokens, index_t first) {
+                                        const attention_problem<T>& problem, const metric_pieces<number>& factor,
+                                        index_t b, index_t head, const head_span& span, const tile_tokens& tokens,
+                                        index_t first) {
     constexpr int warps = Threads / warp_size;
     constexpr int tiles = token_tile / 16 * (columns / 16) / warps;
-    constexpr int step = 16 / static_cast<int>(sizeof(T));
+    constexpr int step = 16 / static_cast<int>(sizeof(number));
     const index_t kv_head = head / problem.group();
-    auto sums = group.template accumulators<T, tiles>();
+    auto sums = group.template accumulators<number, tiles>();
     for (index_t depth = first; depth < problem.head_dim; depth += columns) {
-      stage_rows<Group, T>(group, memory.split.values, token_tile, columns, piece_stride, depth, problem.head_dim,
-                           [&](index_t t) -> token_row<T> {
-                             const index_t n = tokens[t];
-                             if (n >= span.length) return {};
-                             return problem.value.row(b, kv_head, span.begin + n);
-                           });
+      stage_rows<Group, number>(group, memory.split.values, token_tile, columns, piece_stride, depth, problem.head_dim,
+                                [&](index_t t) -> token_row<T> {
+                                  const index_t n = tokens[t];
+                                  if (n >= span.length) return {};
+                                  return problem.value.row(b, kv_head, span.begin + n);
+                                });
       group.for_each(pieces * columns * (columns / step), [&](index_t item) {
         const index_t row = item / (columns / step);  // [pieces, columns]
         const index_t c = item % (columns / step) * step;
@@ -110,9 +112,9 @@ struct value_images {
           unrolled<tiles>([&](auto i) {
             const int at = w * tiles + i;
             unrolled<pieces>([&](auto piece) {
-              group.template mma<T>(sums(w)[i], memory.split.values + at / 2 * 16 * piece_stride + k * 16, piece_stride,
-                                    memory.split.matrix + (piece * columns + k * 16) * piece_stride + at % 2 * 16,
-                                    piece_stride);
+              group.template mma<number>(
+                  sums(w)[i], memory.split.values + at / 2 * 16 * piece_stride + k * 16, piece_stride,
+                  memory.split.matrix + (piece * columns + k * 16) * piece_stride + at % 2 * 16, piece_stride);
             });
           });
         });
@@ -122,8 +124,8 @@ struct value_images {
     group.for_each_warp([&](int w) {
       unrolled<tiles>([&](auto i) {
         const int at = w * tiles + i;
-        group.template scale<T>(sums(w)[i], factor.inverse[head]);
-        group.template store<T>(sums(w)[i], image + at / 2 * 16 * stride + at % 2 * 16, stride);
+        group.template scale<number>(sums(w)[i], factor.inverse[head]);
+        group.template store<number>(sums(w)[i], image + at / 2 * 16 * stride + at % 2 * 16, stride);
       });
     });
     group.sync();
@@ -132,10 +134,10 @@ struct value_images {
   /// (M v)[first .. first + columns) of a query head, 0 beyond head_dim. Ends a phase.
   template <class Group>
   RESTKV_HD static void map(Group& group, operands& memory, float* image, const attention_problem<T>& problem,
-                            const metric_source& metric, const metric_pieces<T>& factor, index_t b, index_t head,
+                            const metric_source& metric, const metric_pieces<number>& factor, index_t b, index_t head,
                             const head_span& span, const tile_tokens& tokens, index_t first) {
     const index_t kv_head = head / problem.group();
-    if constexpr (sizeof(T) == 2) {
+    if constexpr (sizeof(number) == 2) {
       if (factor.data != nullptr) {
         multiply_pieces(group, memory, image, problem, factor, b, head, span, tokens, first);
         return;

@@ -18,7 +18,7 @@ struct row_of_item {
   [[nodiscard]] RESTKV_HD index_t operator()(index_t item) const noexcept { return item / length; }
 };
 
-/// Rows of keys: unit u of row r at keys[r * stride + u], u < units_of(r) <= width.
+/// Rows of keys: unit u of row r at keys[begin_of(r) + u], u < units_of(r) <= width.
 struct key_rows {
   const std::uint32_t* keys;
   bulk_rows rows;
@@ -26,7 +26,7 @@ struct key_rows {
 
   /// The key at a place of a row, 0 behind its last unit.
   [[nodiscard]] RESTKV_HD std::uint32_t at(index_t row, index_t u) const noexcept {
-    return u < rows.units_of(row) ? keys[row * rows.stride + u] : std::uint32_t{excluded_key};
+    return u < rows.units_of(row) ? keys[rows.begin_of(row) + u] : std::uint32_t{excluded_key};
   }
 };
 
@@ -264,7 +264,7 @@ struct write_unit {
       if (last && fits) kept.lengths[copy] = static_cast<position_t>(end);
       if (!fits && before[item] <= kept.capacity && count > 0) kept.lengths[copy] = before[item];
       for (position_t i = 0; fits && i < count; ++i) {
-        kept.positions[copy * kept.capacity + before[item] + i] = first + i;
+        kept.positions[kept.begin_of(copy) + before[item] + i] = first + i;
       }
     }
   }
