@@ -58,7 +58,7 @@ enum class method_kind {
   set_error
 };
 enum class temporal_kind { mean, sum, ema, last, max, root_sum_square };
-enum class spatial_kind { none, avgpool, maxpool, adaptive };
+enum class spatial_kind { none, avgpool, maxpool, adaptive, following, segments };
 enum class rescoring_kind { none, criticalkv, caote, fastcaote, lava, defensive, rkv };
 /// From `global` on: over the layers of a model.
 enum class allocation_kind { uniform, pyramid, adakv, global, lava, cake };
@@ -110,7 +110,7 @@ struct names<temporal_kind> {
 };
 template <>
 struct names<spatial_kind> {
-  static constexpr std::array values{"none", "avgpool", "maxpool", "adaptive"};
+  static constexpr std::array values{"none", "avgpool", "maxpool", "adaptive", "following", "segments"};
 };
 template <>
 struct names<drift_shift> {
@@ -161,9 +161,10 @@ struct configuration {
   temporal_kind temporal = temporal_kind::mean;
   float alpha = 0.3f;
   spatial_kind spatial = spatial_kind::none;
-  int kernel = 5;  ///< width of a pool; smallest width of the adaptive window
+  int kernel = 5;  ///< width of a pool; least width of the adaptive window
   float scale = 2000.0f;
   drift_shift shift_rule = drift_shift::released;
+  double share = 0.1;  ///< of the tokens, which begin a segment
   group_reduce group = group_reduce::none;
   index_t window = 32;
   index_t budget = 1024;           ///< tokens kept per head, protected ones included
@@ -268,7 +269,8 @@ struct configuration {
   /// True for a budget over the layers of a model, which one layer alone has no share of.
   [[nodiscard]] bool over_layers() const noexcept { return allocation >= allocation_kind::global; }
   /// Queries that are observed of a layer.
-  [[nodiscard]] index_t window_of(const layer_view<float>& layer) const noexcept {
+  template <element T, memory_space Space>
+  [[nodiscard]] index_t window_of(const layer_view<T, Space>& layer) const noexcept {
     return observes_every_query() ? std::max<index_t>(layer.query.extent(2), 1) : window;
   }
   /// Newest tokens that are kept, where the policy does not keep those of its window anyway. H2O's window is that.
@@ -300,6 +302,7 @@ void visit_keys(Configuration& c, const Visit& visit) {
   visit(key_facts{"kernel", "--kernel", "Tokens a pool is wide, or the adaptive window at least"}, c.kernel);
   visit(key_facts{"scale", "--scale", "Tokens of drift per step of the adaptive window"}, c.scale);
   visit(key_facts{"shift_rule", "--shift-rule", "How drift shifts the adaptive window"}, c.shift_rule);
+  visit(key_facts{"share", "--share", "Part of the tokens that begin a segment, for segments"}, c.share);
   visit(key_facts{"group", "--group", "From the query heads of a KV head to one score; none: a set per query head"},
         c.group);
   visit(key_facts{"window", "--window", "Queries that are observed, and newest tokens that are kept"}, c.window);

@@ -11,6 +11,7 @@
 #include <nlohmann/json.hpp>
 
 #include <algorithm>
+#include <csignal>
 #include <new>
 #include <string_view>
 #include <thread>
@@ -78,4 +79,7 @@ int run_program(int count, char** arguments) {
 }  // namespace
 }  // namespace restkv::cli
 
-int main(int count, char** arguments) { return restkv::cli::run_program(count, arguments); }
+int main(int count, char** arguments) {
+  std::signal(SIGXFSZ, SIG_IGN);  // a file that may not grow is a failure of write, which has a text
+  return restkv::cli::run_program(count, arguments);
+}

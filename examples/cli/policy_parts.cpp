@@ -5,6 +5,7 @@
 
 #include <restkv/cache/rope.hpp>
 #include <restkv/score/query_statistics.hpp>
+#include <restkv/smoothing/key_links.hpp>
 
 #include <algorithm>
 
@@ -28,9 +29,27 @@ any_spatial spatial_of(const configuration& c) {
     case spatial_kind::maxpool: return {max_pool{.width = c.kernel}};
     case spatial_kind::adaptive:
       return {adaptive_window{.min_width = c.kernel, .scale = c.scale, .shift_rule = c.shift_rule}};
+    case spatial_kind::following: return {following_pool{.width = c.kernel}};
+    case spatial_kind::segments: return {segment_pool{}};  // its segments depend on the layer
     case spatial_kind::none: break;
   }
   return {no_pool{}};
+}
+
+layer_segments::layer_segments(const layer_view<float>& layer, double share, const std::string& where) {
+  const index_t batch = layer.key.extent(0);
+  const index_t tokens = layer.key.extent(2);
+  const auto size = static_cast<std::size_t>(batch * tokens);
+  begins_.resize(size);
+  std::vector<double> links(size);
+  std::vector<double> scratch(
+      static_cast<std::size_t>(std::max(key_links_scratch(layer.key.extent(3)), segments_scratch(tokens))));
+  std::vector<index_t> lengths;
+  for (index_t b = 0; b < batch; ++b) lengths.push_back(sequence(layer, b, 0).length);
+  require(add_key_links(layer, {links.data(), {batch, tokens}}, scratch), where);
+  require(find_segments({links.data(), {batch, tokens}}, lengths, {begins_.data(), {batch, tokens}}, scratch, share),
+          where);
+  pool_.begins = {begins_.data(), {batch, tokens}};
 }
 
 any_budget budget_of(const configuration& c) {

@@ -23,10 +23,15 @@ struct position_score {
   static constexpr feature needs = feature::none;
 
   template <std::floating_point Real>
-  [[nodiscard]] Real operator()(const token_features<Real>& token) const noexcept {
-    return std::visit([&](const auto& score) -> Real { return score(token); }, choice);
+  [[nodiscard]] RESTKV_HD Real operator()(const token_features<Real>& token) const noexcept {
+    return restkv::detail::visit_choice([&](const auto& score) -> Real { return score(token); }, choice);
   }
 };
+
+/// Whether an allocator is one that `budget_of` may choose.
+template <class Budget>
+inline constexpr bool is_configured_budget =
+    std::is_same_v<Budget, uniform> || std::is_same_v<Budget, pyramid> || std::is_same_v<Budget, ada_kv>;
 
 [[nodiscard]] any_temporal temporal_of(const configuration& c);
 [[nodiscard]] any_spatial spatial_of(const configuration& c);
@@ -49,6 +54,21 @@ template <any_score Score, rescorer Rescoring = no_rescoring>
           .protect = {.sink = c.n_sink, .recent = c.protected_recent()},
           .granularity = {.tokens = c.unit, .reduce = c.reduce, .shared = c.shared}};
 }
+
+/// Where a layer's segments begin, by its own keys. Not copyable: the pool points into it.
+class layer_segments {
+ public:
+  /// Throws input_error, beginning with `where`, for a share outside [0, 1] and a layer that was evicted from.
+  layer_segments(const layer_view<float>& layer, double share, const std::string& where);
+  layer_segments(const layer_segments&) = delete;
+  layer_segments& operator=(const layer_segments&) = delete;
+
+  [[nodiscard]] const segment_pool& pool() const noexcept { return pool_; }
+
+ private:
+  std::vector<std::uint8_t> begins_;  // [batch, tokens]
+  segment_pool pool_;
+};
 
 /// A score of the cache, and what it points to.
 struct cache_score {

@@ -7,25 +7,19 @@
 #include "command.hpp"
 #include "policy_parts.hpp"
 #include "selection.hpp"
+#include "token_scores.hpp"
 
 #include <restkv/rescoring/critical_kv.hpp>
 #include <restkv/rescoring/defensive_kv.hpp>
 #include <restkv/rescoring/lava.hpp>
 #include <restkv/rescoring/r_kv.hpp>
-#include <restkv/score/an_d_pro.hpp>
-#include <restkv/score/caote.hpp>
 #include <restkv/score/defensive_kv.hpp>
-#include <restkv/score/drop_kv.hpp>
-#include <restkv/score/keyformer.hpp>
-#include <restkv/score/la_prox.hpp>
-#include <restkv/score/ob_cache.hpp>
-#include <restkv/score/observed_attention.hpp>
-#include <restkv/score/vatp.hpp>
 #include <restkv/select.hpp>
 
 #include <fmt/format.h>
 
 #include <chrono>
+#include <optional>
 #include <vector>
 
 namespace restkv::cli {
@@ -46,38 +40,14 @@ class policy_runner {
                                     where_, where_.empty() ? "" : ": ", name_of(c_.allocation)),
                         errc::unsupported);
     }
-    switch (c_.method) {
-      case method_kind::snapkv:
-      case method_kind::adakv:
-      case method_kind::criticalkv: return run_snap_kv();
-      case method_kind::lava:
-      case method_kind::defensivekv:
-      case method_kind::rkv: return run_rescored();
-      case method_kind::keyformer:
-      case method_kind::h2o:
-      case method_kind::tova: return run_observed_attention();
-      case method_kind::fastcaote:
-      case method_kind::vatp:
-      case method_kind::laprox: return run_sizes();
-      case method_kind::dropkv:
-      case method_kind::obcache:
-      case method_kind::andpro: return run_outputs();
-      case method_kind::knorm:
-      case method_kind::keydiff:
-      case method_kind::lagkv:
-      case method_kind::curdkv:
-      case method_kind::leverage:
-      case method_kind::expectedattention:
-      case method_kind::qfilter:
-      case method_kind::capkv:
-      case method_kind::keyredundancy:
-      case method_kind::valuerange:
-      case method_kind::lacache: return run_cache();
-      case method_kind::streamingllm:
-      case method_kind::random: return run_positions();
-      case method_kind::restkv:
-      case method_kind::caote:
-      case method_kind::set_error: break;
+    switch (group_of(c_.method)) {
+      case score_group::attention: return run_attention();
+      case score_group::rescored: return run_rescored();
+      case score_group::sizes: return run_sizes();
+      case score_group::outputs: return run_outputs();
+      case score_group::heads: return run_cache();
+      case score_group::positions: return run_positions();
+      case score_group::deletion: break;
     }
     return run_deletion();
   }
@@ -87,8 +57,7 @@ class policy_runner {
 
  private:
   [[nodiscard]] selection run_deletion();
-  [[nodiscard]] selection run_snap_kv();
-  [[nodiscard]] selection run_observed_attention();
+  [[nodiscard]] selection run_attention();
   [[nodiscard]] selection run_rescored();
   [[nodiscard]] selection run_sizes();
   [[nodiscard]] selection run_outputs();
@@ -127,9 +96,11 @@ template <tensor_backend Backend>
 template <any_score Score, rescorer Rescoring>
 selection policy_runner<Backend>::run_score(const Score& score, const Rescoring& rescoring) {
   using real = typename Backend::score_type;
-  const auto policy = policy_with(c_, score, c_.window_of(layer_), rescoring);
+  auto policy = policy_with(c_, score, c_.window_of(layer_), rescoring);
+  std::optional<layer_segments> segments;
+  if (c_.spatial == spatial_kind::segments) policy.spatial.choice = segments.emplace(layer_, c_.share, where_).pool();
   const problem_shape shape = shape_of(layer_, c_.layer_index, c_.layer_count);
-  plan<std::remove_const_t<decltype(policy)>> plan;
+  plan<decltype(policy)> plan;
   require(make_plan(backend_, policy, shape, plan), where_);
 
   const bool shows_scores = what_ == inspection::scores;
@@ -167,15 +138,17 @@ selection policy_runner<Backend>::run_deletion() {
 }
 
 template <tensor_backend Backend>
-selection policy_runner<Backend>::run_snap_kv() {
-  switch (c_.rescoring) {
-    case rescoring_kind::criticalkv:
-      return run_score(snap_kv{}, critical_kv<>{.first_stage = c_.first_stage_ratio, .epsilon = c_.epsilon});
-    case rescoring_kind::caote:
-    case rescoring_kind::fastcaote: return run_score(snap_kv{}, caote_rescoring_of(c_));
-    default: break;
+selection policy_runner<Backend>::run_attention() {
+  if (c_.rescoring == rescoring_kind::none) {
+    return with_attention_score(c_, [&](const auto& score) { return run_score(score); });
   }
-  return run_score(snap_kv{});
+  if (c_.rescoring == rescoring_kind::criticalkv) {
+    return run_score(snap_kv{}, critical_kv<>{.first_stage = c_.first_stage_ratio, .epsilon = c_.epsilon});
+  }
+  if (c_.method == method_kind::h2o || c_.method == method_kind::tova) {
+    return run_score(observed_attention{}, caote_rescoring_of(c_));
+  }
+  return run_score(snap_kv{}, caote_rescoring_of(c_));
 }
 
 template <tensor_backend Backend>
@@ -188,28 +161,13 @@ selection policy_runner<Backend>::run_rescored() {
 }
 
 template <tensor_backend Backend>
-selection policy_runner<Backend>::run_observed_attention() {
-  if (c_.method == method_kind::keyformer) {
-    return run_score(keyformer{.temperature = c_.temperature, .seed = c_.seed});
-  }
-  if (c_.rescoring == rescoring_kind::none) return run_score(observed_attention{});
-  return run_score(observed_attention{}, caote_rescoring_of(c_));
-}
-
-template <tensor_backend Backend>
 selection policy_runner<Backend>::run_sizes() {
-  if (c_.method == method_kind::vatp) return run_score(vatp{});
-  if (c_.method == method_kind::fastcaote) return run_score(fast_caote{});
-  return run_score(la_prox{.metric_of_distance = c_.use_wo ? metric::projection : metric::identity});
+  return with_size_score(c_, [&](const auto& score) { return run_score(score); });
 }
 
 template <tensor_backend Backend>
 selection policy_runner<Backend>::run_outputs() {
-  if (c_.method == method_kind::obcache) return run_score(ob_cache{.part = c_.part});
-  if (c_.method == method_kind::andpro) {
-    return run_score(an_d_pro{.metric_of_distance = c_.use_wo ? metric::projection : metric::identity});
-  }
-  return run_score(drop_kv{.epsilon = c_.epsilon});
+  return with_output_score(c_, [&](const auto& score) { return run_score(score); });
 }
 
 template <tensor_backend Backend>
@@ -229,9 +187,8 @@ selection policy_runner<Backend>::run_positions() {
 }  // namespace restkv::cli
 
 /// Says that another source instantiates the scores of a runner. `PREFIX` is `extern` or empty.
-#define RESTKV_CLI_ATTENTION_SCORES(PREFIX, BACKEND)                                      \
-  PREFIX template restkv::cli::selection restkv::cli::policy_runner<BACKEND>::run_snap_kv(); \
-  PREFIX template restkv::cli::selection restkv::cli::policy_runner<BACKEND>::run_observed_attention();
+#define RESTKV_CLI_ATTENTION_SCORES(PREFIX, BACKEND) \
+  PREFIX template restkv::cli::selection restkv::cli::policy_runner<BACKEND>::run_attention();
 #define RESTKV_CLI_RESCORED_SCORES(PREFIX, BACKEND) \
   PREFIX template restkv::cli::selection restkv::cli::policy_runner<BACKEND>::run_rescored();
 #define RESTKV_CLI_VALUE_SCORES(PREFIX, BACKEND)                                         \

@@ -14,7 +14,7 @@ std::string scoring_part(const configuration& c) {
   nlohmann::json keys = to_json(c);
   // The ladder is cut for its budget, and a standardised leverage for heads that compete.
   const bool all = c.method == method_kind::lacache || c.method == method_kind::leverage;
-  for (const char* key : {"spatial", "kernel", "scale", "shift_rule", "budget", "compression_ratio", "allocation",
+  for (const char* key : {"spatial", "kernel", "scale", "shift_rule", "share", "budget", "compression_ratio", "allocation",
                           "floor", "normalize", "beta", "layer_count", "n_sink", "recent"}) {
     if (!all && (c.observes() || std::string_view(key) != "n_sink")) keys.erase(key);
   }

@@ -20,9 +20,6 @@ import restkv
 FULL_CACHE = "full_cache"
 PUBLISHED = "published/"
 
-# Names of restkv.policies() that choose from the whole model at once, or do more than select.
-NOT_OF_ONE_LAYER = {"cake", "lava_layers", "layer_defensive_kv", "la_prox_global", "lowest_error_global", "la_cache"}
-
 # The rows of a table that nobody asked to choose.
 DEFAULT = (
     "standard",
@@ -72,7 +69,7 @@ def variant(name: str, comparison: Comparison) -> restkv.Policy | None:
             alike |= {"spatial": "avgpool" if pool == "none" else pool, "kernel": comparison.width}
     if "seed" in keys:
         alike["seed"] = comparison.seed
-    return policy.replace(**alike, **parsed(changes))
+    return policy.replace(**(alike | parsed(changes)))
 
 
 def parsed(changes: str) -> dict[str, object]:

@@ -14,7 +14,7 @@ restkv = pytest.importorskip("restkv")
 from quality.engine import Engine, cut_at
 from quality.presses import parsed
 from quality.tasks.task import LikelihoodSample, Sample
-from quality.variants import Comparison, budgeted
+from quality.variants import Comparison, budgeted, variant
 
 WORDS = ["alpha", "beta", "gamma", "delta", "eta", "theta", "iota", "kappa", "mu", "nu", "xi", "pi", "rho", "tau"]
 
@@ -182,3 +182,10 @@ def test_a_press_that_kvpress_does_not_have_is_said(engine):
     pytest.importorskip("kvpress")
     variants = {"full": None, "none": replace(parsed("kvpress/NoSuchPress", Comparison()), budget=64)}
     assert "NoSuchPress" in engine.answers(sample(), variants, "aware")["none"].error
+
+
+def test_a_changed_key_outdoes_what_rows_have_in_common():
+    comparison = Comparison(width=5)
+    assert variant("standard", comparison).keys()["kernel"] == 5
+    keys = variant("standard:spatial=following,kernel=11", comparison).keys()
+    assert (keys["spatial"], keys["kernel"], keys["window"]) == ("following", 11, comparison.window)

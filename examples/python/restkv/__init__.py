@@ -8,10 +8,13 @@
 Arrays are PyTorch's, NumPy's or of any library that speaks DLPack; they are read where they lie.
 """
 
+from . import _restkv
+from ._layers import select_layers
 from ._restkv import (
     Error,
     Kept,
     Metric,
+    ModelSelection,
     OutputErrors,
     Policy,
     Session,
@@ -24,10 +27,18 @@ from ._restkv import (
     select,
 )
 
+try:
+    from . import _restkv_cuda  # type: ignore[attr-defined]
+except ImportError:  # built without CUDA
+    pass
+else:
+    _restkv._use_devices(_restkv_cuda.library)
+
 __all__ = [
     "Error",
     "Kept",
     "Metric",
+    "ModelSelection",
     "OutputErrors",
     "Policy",
     "Session",
@@ -38,4 +49,5 @@ __all__ = [
     "policies",
     "policy",
     "select",
+    "select_layers",
 ]

@@ -20,7 +20,7 @@ from kvpress.utils import compute_n_kept, get_prerope_query_states
 import restkv
 
 from .transformers.projections import metric_of
-from .transformers.selection import entries
+from .transformers.selection import positions_of, select
 
 
 @dataclasses.dataclass
@@ -39,6 +39,8 @@ class RestKVPress(BasePress):
     def __post_init__(self) -> None:
         if not 0 <= self.compression_ratio < 1:
             raise restkv.Error(f"compression_ratio is {self.compression_ratio}: at least 0 and below 1 is needed")
+        if self.policy.over_layers:
+            raise restkv.Error("the policy chooses from all layers at once, a press sees one after the other")
         if self.policy.per_query_head:
             raise restkv.Error("the policy keeps a set for each query head, kvpress's cache one for each KV head")
 
@@ -54,7 +56,7 @@ class RestKVPress(BasePress):
         """Called behind a layer's attention. Cost: the queries of the window once more, and the selection."""
         if self.compression_ratio == 0:
             return keys, values
-        batch, heads, tokens, head_dim = keys.shape
+        batch, heads, tokens, _ = keys.shape
         budget = compute_n_kept(tokens, self.compression_ratio)
         policy = self.policy.replace(budget=budget)
         queries = None
@@ -65,7 +67,7 @@ class RestKVPress(BasePress):
         if policy.needs_w_o:
             facts["metric"] = metric_of(module, module.config.num_attention_heads)
         with torch.no_grad():
-            kept = restkv.select(
+            kept = select(
                 policy,
                 None if queries is None else queries.detach(),
                 keys.detach(),
@@ -75,7 +77,7 @@ class RestKVPress(BasePress):
                 threads=self.threads,
                 **facts,
             )
-        chosen = entries(kept, keys.device)
+        chosen = positions_of(kept, keys.device)
         if len({len(index) for of_sequence in chosen for index in of_sequence}) == 1:
             index = torch.stack([torch.stack(of_sequence) for of_sequence in chosen])[..., None]
             keys, values = (x.gather(2, index.expand(-1, -1, -1, x.shape[-1])).contiguous() for x in (keys, values))

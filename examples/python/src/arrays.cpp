@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "arrays.hpp"
 
+#include "devices.hpp"
+
 #include <restkv/core/dtype.hpp>
 
 #include <fmt/format.h>
@@ -71,7 +73,8 @@ nb::object checked_tensor(nb::handle object, const char* name, const array_rules
   if (device == "meta") {
     throw failure(errc::invalid_argument, fmt::format("{} is a meta tensor: it has no memory", name));
   }
-  if (device != "cpu") {
+  const bool known = rules.devices && device == "cuda" && library_of(nb::device::cuda::value) != nullptr;
+  if (device != "cpu" && !known) {
     throw failure(errc::unsupported,
                   fmt::format("{} lies on {}: this module computes on the CPU. Call it with {}.cpu()", name,
                               text_of(tensor.attr("device")), name));
@@ -82,6 +85,24 @@ nb::object checked_tensor(nb::handle object, const char* name, const array_rules
   }
   return tensor;
 }
+
+/// PyTorch shares a tensor of the current GPU alone.
+class device_of_tensor {
+ public:
+  explicit device_of_tensor(const nb::object& tensor, bool is_pytorch) {
+    if (!is_pytorch || text_of(tensor.attr("device").attr("type")) == "cpu") return;
+    device_ = nb::module_::import_("torch").attr("cuda").attr("device")(tensor.attr("device"));
+    device_.attr("__enter__")();
+  }
+  device_of_tensor(const device_of_tensor&) = delete;
+  device_of_tensor& operator=(const device_of_tensor&) = delete;
+  ~device_of_tensor() {
+    if (device_.is_valid()) device_.attr("__exit__")(nb::none(), nb::none(), nb::none());
+  }
+
+ private:
+  nb::object device_;
+};
 
 /// Why an object could not be taken by DLPack, as it says itself.
 std::string reason(nb::handle object) {
@@ -140,6 +161,7 @@ array take_array(nb::handle object, const char* name, const array_rules& rules) 
   made.from = framework_of(object);
   const nb::object source =
       made.from == framework::pytorch ? checked_tensor(object, name, rules) : nb::borrow(object);
+  const device_of_tensor current(source, made.from == framework::pytorch);
   bool taken = false;
   if (rules.writable) {
     nb::ndarray<> writable;
@@ -158,7 +180,8 @@ array take_array(nb::handle object, const char* name, const array_rules& rules) 
   }
   const nb::ndarray<nb::ro>& owner = made.owner;
   const int device = owner.device_type();
-  if (device != nb::device::cpu::value && device != nb::device::cuda_host::value) {
+  const bool in_host_memory = device == nb::device::cpu::value || device == nb::device::cuda_host::value;
+  if (!in_host_memory && !(rules.devices && library_of(device) != nullptr)) {
     throw failure(errc::unsupported, fmt::format("{} lies on {}: this module computes on the CPU", name,
                                                  device_name(device, owner.device_id())));
   }
@@ -166,6 +189,9 @@ array take_array(nb::handle object, const char* name, const array_rules& rules) 
     throw failure(errc::shape_mismatch,
                   fmt::format("{} has {} axes, must have {}: {}", name, owner.ndim(), rules.rank, rules.axes));
   }
+  made.object = source;
+  made.device_type = in_host_memory ? host_device : device;
+  made.device = in_host_memory ? 0 : owner.device_id();
   made.dtype = owner.dtype();
   made.type = number_of(made.dtype);
   if (rules.numbers && made.type == number::other) {

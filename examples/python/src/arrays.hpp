@@ -4,6 +4,7 @@
 #pragma once
 
 #include "errors.hpp"
+#include "numbers.hpp"
 
 #include <restkv/backend/eigen/backend.hpp>
 #include <restkv/core/tensor_view.hpp>
@@ -22,15 +23,15 @@ enum class framework { numpy, pytorch, tensorflow, jax, cupy };
 
 [[nodiscard]] framework framework_of(nb::handle object);
 
-/// The element types that are read as numbers. Anything else can only be copied.
-enum class number { float32, float64, float16, bfloat16, other };
-
 /// An array that Python owns. The reference is held, so its memory lives as long as this does; to be destroyed with the
 /// interpreter's lock held.
 struct array {
   nb::ndarray<nb::ro> owner;
+  nb::object object;     ///< what was given, without its gradient
   std::string name;      ///< of the argument
   framework from = framework::numpy;
+  int device_type = 0;   ///< DLPack's number of the kind
+  int device = 0;        ///< and of the one
   number type = number::other;
   nb::dlpack::dtype dtype{};
   index_t item_bytes = 0;
@@ -62,6 +63,7 @@ struct array_rules {
   bool detach = false;     ///< a tensor that requires grad is taken as it is: weights
   bool writable = false;
   bool numbers = true;     ///< must be one of `number`
+  bool devices = false;    ///< may lie on a device that there is a library for (devices.hpp)
 };
 
 /// Takes an argument. Throws what becomes `restkv.Error`: no array, another number of axes, another device, elements

@@ -15,9 +15,10 @@ namespace restkv::python {
 
 namespace {
 
-constexpr array_rules cache_rules{.rank = 4, .axes = "[batch, kv_heads, tokens, head_dim]", .numbers = false};
+constexpr array_rules cache_rules{
+    .rank = 4, .axes = "[batch, kv_heads, tokens, head_dim]", .numbers = false, .devices = true};
 constexpr array_rules own_cache_rules{
-    .rank = 4, .axes = "[batch, kv_heads, tokens, head_dim]", .writable = true, .numbers = false};
+    .rank = 4, .axes = "[batch, kv_heads, tokens, head_dim]", .writable = true, .numbers = false, .devices = true};
 constexpr array_rules dense_rules{
     .rank = 4, .axes = "[batch, heads, capacity, head_dim]", .writable = true, .numbers = false};
 constexpr array_rules ragged_rules{.rank = 2, .axes = "[total, head_dim]", .writable = true, .numbers = false};
@@ -40,7 +41,8 @@ void with_bytes(const array& cache, const Visit& visit) {
 struct destination {
   array source;
   array given;                       ///< `out`, where there is one
-  std::unique_ptr<std::byte[]> own;  ///< else
+  std::unique_ptr<std::byte[]> own;  ///< else, on the host
+  nb::object own_on_device;          ///< or on a device
   std::vector<std::size_t> shape;
   std::vector<index_t> strides;
 
@@ -52,8 +54,15 @@ struct destination {
   void prepare(const char* name, nb::handle out, const array_rules& rules, std::vector<std::size_t> room) {
     shape = std::move(room);
     shape.push_back(static_cast<std::size_t>(source.extents[3]));
+    const bool on_device = array_place(source).library() != nullptr;
     if (!out.is_none()) {
-      given = take_array(out, name, rules);
+      array_rules anywhere = rules;
+      anywhere.devices = on_device;
+      given = take_array(out, name, anywhere);
+      if (given.device_type != source.device_type || given.device != source.device) {
+        throw failure(errc::invalid_argument, fmt::format("{} lies on {}, {} on {}", name, array_place(given).text(),
+                                                          source.name, array_place(source).text()));
+      }
       if (given.dtype != source.dtype) {
         throw failure(errc::invalid_argument,
                       fmt::format("{} has elements of {} bytes or another type than {}'s {}", name, given.item_bytes,
@@ -67,9 +76,13 @@ struct destination {
       strides = given.strides;
       return;
     }
-    std::size_t size = static_cast<std::size_t>(source.item_bytes);
-    for (const std::size_t extent : shape) size *= extent;
-    own.reset(new std::byte[std::max<std::size_t>(size, 1)]);
+    if (on_device) {
+      own_on_device = empty_array(array_place(source), {shape.begin(), shape.end()}, source.object.attr("dtype"));
+    } else {
+      std::size_t size = static_cast<std::size_t>(source.item_bytes);
+      for (const std::size_t extent : shape) size *= extent;
+      own.reset(new std::byte[std::max<std::size_t>(size, 1)]);
+    }
     strides.assign(shape.size(), 1);
     for (std::size_t axis = shape.size() - 1; axis-- > 0;) {
       strides[axis] = strides[axis + 1] * static_cast<index_t>(shape[axis + 1]);
@@ -87,7 +100,20 @@ struct destination {
     return made;
   }
 
+  /// On the device.
+  [[nodiscard]] device_tensor tensor() const {
+    if (!given.missing()) return tensor_of(given);
+    device_tensor made{.given = true,
+                       .data = address_of(array_place(source), own_on_device),
+                       .type = source.type,
+                       .item_bytes = source.item_bytes};
+    std::copy(shape.begin(), shape.end(), made.extents.begin());
+    std::copy(strides.begin(), strides.end(), made.strides.begin());
+    return made;
+  }
+
   [[nodiscard]] nb::object give(nb::handle out) {
+    if (own_on_device.is_valid()) return own_on_device;
     return out.is_none() ? give_bytes(source.from, std::move(own), shape, source.dtype) : nb::borrow(out);
   }
 };
@@ -119,6 +145,39 @@ void gather_both(eigen_backend& backend, const const_kept_tokens& kept, destinat
       }
     });
   });
+}
+
+/// On a device: dense, or rows with room for batch * heads * capacity of them, of which the kept ones are filled.
+nb::object compact_on(device_library& library, kept_set& kept, destination& key, destination& value,
+                      nb::handle out_key, nb::handle out_value, bool ragged) {
+  const array_place place(key.source);
+  if (array_place(value.source) != place) {
+    throw failure(errc::invalid_argument, fmt::format("key lies on {}, value on {}", place.text(),
+                                                      array_place(value.source).text()));
+  }
+  const kept_on_device set = set_at(kept, place, key.source.extents[2]);
+  std::vector<std::size_t> room{static_cast<std::size_t>(kept.batch), static_cast<std::size_t>(kept.heads),
+                                static_cast<std::size_t>(kept.capacity)};
+  if (ragged) room = {room[0] * room[1] * room[2]};
+  key.prepare("out[0]", out_key, ragged ? ragged_rules : dense_rules, room);
+  value.prepare("out[1]", out_value, ragged ? ragged_rules : dense_rules, room);
+  call_memory memory(place);
+  device_cache out{.key = key.tensor(), .value = value.tensor()};
+  nb::object cu_seqlens;
+  if (ragged) {
+    cu_seqlens = empty_array(place, {kept.batch * kept.heads + 1}, dtype_named(place, "int32"));
+    out.cu_seqlens = static_cast<std::int32_t*>(address_of(place, cu_seqlens));
+  }
+  const device_tensor from_key = tensor_of(key.source);
+  const device_tensor from_value = tensor_of(value.source);
+  const device_call call = call_at(place);
+  {
+    const nb::gil_scoped_release unlocked;
+    require(library.compact(call, set.set, from_key, from_value, out, memory));
+  }
+  if (!ragged) return nb::make_tuple(key.give(out_key), value.give(out_value));
+  const nb::slice filled(kept.view().total());
+  return nb::make_tuple(key.give(out_key)[filled], value.give(out_value)[filled], cu_seqlens);
 }
 
 nb::object compact_dense(const kept_set& kept, destination& key, destination& value, nb::handle out_key,
@@ -167,11 +226,22 @@ nb::object compact_ragged(const kept_set& kept, destination& key, destination& v
   return nb::make_tuple(key.give(out_key), value.give(out_value), cu_seqlens);
 }
 
-nb::object compact_in_their_place(const kept_set& kept, nb::handle key_object, nb::handle value_object,
+nb::object compact_in_their_place(kept_set& kept, nb::handle key_object, nb::handle value_object,
                                   std::optional<int> threads) {
   const array key = take_array(key_object, "key", own_cache_rules);
   const array value = take_array(value_object, "value", own_cache_rules);
-  {
+  const array_place place(key);
+  if (device_library* const library = place.library()) {
+    if (array_place(value) != place) {
+      throw failure(errc::invalid_argument, fmt::format("key lies on {}, value on {}", place.text(),
+                                                        array_place(value).text()));
+    }
+    const kept_on_device set = set_at(kept, place, key.extents[2]);
+    const device_call call = call_at(place);
+    const nb::gil_scoped_release unlocked;
+    require(library->compact_in_place(call, set.set, tensor_of(key), tensor_of(value)));
+  } else {
+    kept.fetch();
     const nb::gil_scoped_release unlocked;
     const borrowed_backend backend(threads);
     with_bytes(key, [&]<class T>(T) {
@@ -189,7 +259,7 @@ nb::object compact_in_their_place(const kept_set& kept, nb::handle key_object, n
   return nb::make_tuple(front(key_object), front(value_object));
 }
 
-nb::object compact_arrays(const kept_set& kept, nb::handle key_object, nb::handle value_object,
+nb::object compact_arrays(kept_set& kept, nb::handle key_object, nb::handle value_object,
                           const std::string& layout, nb::handle out, bool in_place, std::optional<int> threads) {
   if (layout != "dense" && layout != "ragged") {
     throw failure(errc::invalid_argument, fmt::format("layout is '{}', must be 'dense' or 'ragged'", layout));
@@ -213,6 +283,10 @@ nb::object compact_arrays(const kept_set& kept, nb::handle key_object, nb::handl
   destination value;
   key.source = take_array(key_object, "key", cache_rules);
   value.source = take_array(value_object, "value", cache_rules);
+  if (device_library* const library = array_place(key.source).library()) {
+    return compact_on(*library, kept, key, value, out_key, out_value, layout == "ragged");
+  }
+  kept.fetch();
   return (layout == "dense" ? compact_dense : compact_ragged)(kept, key, value, out_key, out_value, threads);
 }
 
@@ -235,6 +309,9 @@ layout 'dense': (key, value), [batch, heads, kept.capacity, head_dim] each, zero
 heads + 1], int32. out: a pair of arrays of those shapes and key's type to write to; they are returned. in_place:
 moves the kept tokens to the front of key and value themselves, and returns [:, :, :kept.capacity] of them; what
 lies behind a head's tokens there is no token. One kept set per KV head is needed.
+
+On a GPU (see `select`) everything is enqueued on the caller's stream, once the lengths of the kept set are there; a
+ragged `out` then has room for batch * heads * kept.capacity rows, of which the kept ones are returned.
 
 The interpreter's lock is not held. Raises Error for arrays that do not fit, overlap or may not be written.)");
 }

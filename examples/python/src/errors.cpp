@@ -21,6 +21,7 @@ const char* name_of(errc code) noexcept {
     case errc::out_of_memory: return "out_of_memory";
     case errc::device_failure: return "device_failure";
     case errc::bad_file: return "bad_file";
+    case errc::communication_failure: return "communication_failure";
   }
   return "unknown";
 }

@@ -8,6 +8,7 @@
 namespace restkv::python {
 
 void add_select(nanobind::module_& m);
+void add_model_selection(nanobind::module_& m);
 void add_compact(nanobind::module_& m);
 void add_output_error(nanobind::module_& m);
 void add_session(nanobind::module_& m);

@@ -66,7 +66,13 @@ kept_set from_mask(nb::handle mask) {
   return trimmed(made.view(), made.from);
 }
 
-nb::object mask_of(const kept_set& kept, index_t tokens) {
+/// An array that was made on the host, where the set's own arrays lie.
+nb::object where_it_lies(const kept_set& kept, nb::object made) {
+  return kept.device ? moved_to(kept.device->place, made) : made;
+}
+
+nb::object mask_of(kept_set& kept, index_t tokens) {
+  kept.fetch();
   require(check_kept(kept.view(), kept.batch, kept.heads == 0 ? 1 : kept.heads, tokens));
   const index_t rows = kept.batch * kept.heads;
   std::unique_ptr<std::byte[]> mask(new std::byte[static_cast<std::size_t>(rows * tokens)]());
@@ -76,12 +82,31 @@ nb::object mask_of(const kept_set& kept, index_t tokens) {
           std::byte{1};
     }
   }
-  return give_bytes(kept.from, std::move(mask), shape_of({kept.batch, kept.heads, tokens}), nb::dtype<bool>());
+  return where_it_lies(kept, give_bytes(kept.from == framework::cupy ? framework::numpy : kept.from, std::move(mask),
+                                        shape_of({kept.batch, kept.heads, tokens}), nb::dtype<bool>()));
+}
+
+nb::object positions_of(nb::handle self) {
+  auto& kept = nb::cast<kept_set&>(self);
+  if (kept.device) {
+    kept.fetch_lengths();
+    const nb::slice all{nb::none(), nb::none(), nb::none()};
+    return kept.device->positions[nb::make_tuple(all, all, nb::slice(kept.capacity))];
+  }
+  const auto shape = shape_of({kept.batch, kept.heads, kept.capacity});
+  return give_array(kept.from, kept.positions.data(), shape, nb::dtype<position_t>(), self);
+}
+
+nb::object lengths_of(nb::handle self) {
+  const auto& kept = nb::cast<const kept_set&>(self);
+  if (kept.device) return kept.device->lengths;
+  return give_array(kept.from, kept.lengths.data(), shape_of({kept.batch, kept.heads}), nb::dtype<position_t>(), self);
 }
 
 /// The positions of one head, a view.
 nb::object row_of(nb::handle self, index_t batch, index_t head) {
-  const auto& kept = nb::cast<const kept_set&>(self);
+  auto& kept = nb::cast<kept_set&>(self);
+  kept.fetch_lengths();
   const auto within = [](const char* what, index_t& i, index_t count) {
     if (i < -count || i >= count) {
       throw nb::index_error(fmt::format("{} {} of {} does not exist", what, i, count).c_str());
@@ -91,6 +116,10 @@ nb::object row_of(nb::handle self, index_t batch, index_t head) {
   within("sequence", batch, kept.batch);
   within("head", head, kept.heads);
   const index_t row = batch * kept.heads + head;
+  if (kept.device) {
+    const nb::slice own(kept.lengths[static_cast<std::size_t>(row)]);
+    return kept.device->positions[nb::make_tuple(batch, head, own)];
+  }
   return give_array(kept.from, kept.positions.data() + row * kept.capacity,
                     shape_of({kept.lengths[static_cast<std::size_t>(row)]}), nb::dtype<position_t>(), self);
 }
@@ -106,12 +135,13 @@ std::vector<position_t> numbers_of(const nb::bytes& bytes) {
 }
 
 void set_state(kept_set& self, const nb::tuple& state) {
-  kept_set made{.batch = nb::cast<index_t>(state[0]),
-                .heads = nb::cast<index_t>(state[1]),
-                .capacity = nb::cast<index_t>(state[2]),
-                .positions = numbers_of(nb::cast<nb::bytes>(state[3])),
-                .lengths = numbers_of(nb::cast<nb::bytes>(state[4])),
-                .from = static_cast<framework>(nb::cast<int>(state[5]))};
+  kept_set made;
+  made.batch = nb::cast<index_t>(state[0]);
+  made.heads = nb::cast<index_t>(state[1]);
+  made.capacity = nb::cast<index_t>(state[2]);
+  made.positions = numbers_of(nb::cast<nb::bytes>(state[3]));
+  made.lengths = numbers_of(nb::cast<nb::bytes>(state[4]));
+  made.from = static_cast<framework>(nb::cast<int>(state[5]));
   if (made.batch < 0 || made.heads < 0 || made.capacity < 0 ||
       static_cast<index_t>(made.lengths.size()) != made.batch * made.heads ||
       static_cast<index_t>(made.positions.size()) != made.batch * made.heads * made.capacity) {
@@ -140,12 +170,71 @@ kept_set trimmed(const const_kept_tokens& kept, framework from) {
   return made;
 }
 
+void kept_set::fetch_lengths() {
+  if (has_lengths) return;
+  const nb::object copied = on_host(device->place, device->lengths);
+  const array from = take_array(copied, "lengths", {.rank = 2, .axes = "[batch, heads]", .numbers = false});
+  const auto* const first = static_cast<const position_t*>(from.data);
+  lengths.assign(first, first + from.size());
+  capacity = lengths.empty() ? 0 : *std::max_element(lengths.begin(), lengths.end());
+  device->set.capacity = capacity;
+  has_lengths = true;
+}
+
+void kept_set::fetch() {
+  fetch_lengths();
+  if (has_positions) return;
+  const nb::object copied = on_host(device->place, device->positions);
+  const array from = take_array(copied, "positions", {.rank = 3, .axes = "[batch, heads, room]", .numbers = false});
+  auto* const first = static_cast<position_t*>(const_cast<void*>(from.data));
+  const const_kept_tokens whole{{first, {batch, heads, device->set.room}}, {lengths.data(), {batch, heads}}};
+  positions = trimmed(whole, this->from).positions;
+  has_positions = true;
+}
+
+kept_set kept_of(const call_memory& memory, const array_place& place, index_t tokens) {
+  kept_set made;
+  made.batch = memory.set.batch;
+  made.heads = memory.set.heads;
+  made.from = place.from;
+  made.device.emplace(kept_on_device{place, memory.positions, memory.lengths, memory.set, tokens});
+  made.has_lengths = made.has_positions = false;
+  return made;
+}
+
+kept_on_device set_at(kept_set& kept, const array_place& place, index_t tokens) {
+  kept.fetch_lengths();
+  if (kept.device && kept.device->place == place) {
+    if (tokens < kept.device->tokens) {
+      throw failure(errc::shape_mismatch, fmt::format("the kept set is of a cache of {} tokens, this one has {}",
+                                                      kept.device->tokens, tokens));
+    }
+    return *kept.device;
+  }
+  kept.fetch();
+  require(check_kept(kept.view(), kept.batch, kept.heads == 0 ? 1 : kept.heads, tokens));
+  const auto shape = shape_of({kept.batch, kept.heads, kept.capacity});
+  const nb::object copied_positions = give_array(framework::numpy, kept.positions.data(), shape,
+                                                 nb::dtype<position_t>(), nb::none());
+  const nb::object copied_lengths = give_array(framework::numpy, kept.lengths.data(),
+                                               shape_of({kept.batch, kept.heads}), nb::dtype<position_t>(), nb::none());
+  kept_on_device made{place, moved_to(place, copied_positions), moved_to(place, copied_lengths), {}, tokens};
+  made.set = {.batch = kept.batch,
+              .heads = kept.heads,
+              .room = kept.capacity,
+              .capacity = kept.capacity,
+              .positions = static_cast<position_t*>(address_of(place, made.positions)),
+              .lengths = static_cast<position_t*>(address_of(place, made.lengths))};
+  return made;
+}
+
 void add_kept(nb::module_& m) {
   nb::class_<kept_set>(m, "Kept", R"(Which positions each head keeps: what `select` returns, and the others take.
 
 Heads are the KV heads, or the query heads where the policy has `per_query_head`. Arrays are of the library whose
 arrays were selected from, and share the memory of this object. `kept[b, h]` are the positions of one head;
-iterating goes over the heads of all sequences.)")
+iterating goes over the heads of all sequences. A set that was selected on a GPU lies there; `lengths` is there at once,
+all else waits until the GPU has come so far, and copies to the host what it needs: for most of it the lengths.)")
       .def("__init__",
            [](kept_set& self, nb::handle positions, nb::handle lengths) {
              new (&self) kept_set(from_arrays(positions, lengths));
@@ -158,25 +247,23 @@ positions: [batch, heads, capacity], ascending within the first lengths[b, h] of
 head; lengths: [batch, heads]; whole numbers of any type. Raises Error for sets that are none.)")
       .def_static("from_mask", &from_mask, nb::arg("mask"), nb::sig("def from_mask(mask: Array) -> Kept"),
                   "The set of the tokens where mask [batch, heads, tokens] is not 0.")
-      .def_prop_ro("positions",
-                   [](nb::handle self) {
-                     const auto& kept = nb::cast<const kept_set&>(self);
-                     const auto shape = shape_of({kept.batch, kept.heads, kept.capacity});
-                     return give_array(kept.from, kept.positions.data(), shape, nb::dtype<position_t>(), self);
-                   },
-                   nb::sig("def positions(self) -> Any"),
+      .def_prop_ro("positions", &positions_of, nb::sig("def positions(self) -> Any"),
                    "Kept positions, ascending, -1 behind a head's own. [batch, heads, capacity], int32")
-      .def_prop_ro("lengths",
-                   [](nb::handle self) {
-                     const auto& kept = nb::cast<const kept_set&>(self);
-                     return give_array(kept.from, kept.lengths.data(), shape_of({kept.batch, kept.heads}),
-                                       nb::dtype<position_t>(), self);
-                   },
-                   nb::sig("def lengths(self) -> Any"), "Tokens that each head keeps. [batch, heads], int32")
+      .def_prop_ro("lengths", &lengths_of, nb::sig("def lengths(self) -> Any"),
+                   "Tokens that each head keeps. [batch, heads], int32")
       .def_ro("batch", &kept_set::batch, "Sequences.")
       .def_ro("heads", &kept_set::heads, "Heads of each sequence.")
-      .def_ro("capacity", &kept_set::capacity, "Tokens that the head with the most of them keeps.")
-      .def_prop_ro("total", [](const kept_set& kept) { return kept.view().total(); },
+      .def_prop_ro("capacity",
+                   [](kept_set& kept) {
+                     kept.fetch_lengths();
+                     return kept.capacity;
+                   },
+                   "Tokens that the head with the most of them keeps.")
+      .def_prop_ro("total",
+                   [](kept_set& kept) {
+                     kept.fetch_lengths();
+                     return kept.view().total();
+                   },
                    "Kept tokens over all heads of all sequences.")
       .def("mask", &mask_of, nb::arg("tokens"), nb::sig("def mask(self, tokens: int) -> Any"),
            "True where a token is kept. [batch, heads, tokens], bool. Raises Error where a kept position is no token.")
@@ -196,19 +283,23 @@ head; lengths: [batch, heads]; whole numbers of any type. Raises Error for sets 
            },
            nb::sig("def __iter__(self) -> Iterator[Any]"))
       .def("__repr__",
-           [](const kept_set& kept) {
+           [](kept_set& kept) {
+             kept.fetch_lengths();
              return fmt::format("<restkv.Kept: {} sequences, {} heads, {} tokens kept, {} at most in a head>",
                                 kept.batch, kept.heads, kept.view().total(), kept.capacity);
            })
       .def("__eq__",
-           [](const kept_set& a, nb::handle other) {
+           [](kept_set& a, nb::handle other) {
              if (!nb::isinstance<kept_set>(other)) return false;
-             const auto& b = nb::cast<const kept_set&>(other);
+             auto& b = nb::cast<kept_set&>(other);
+             a.fetch();
+             b.fetch();
              return a.batch == b.batch && a.heads == b.heads && a.lengths == b.lengths && a.positions == b.positions;
            },
            nb::arg("other").none(), nb::sig("def __eq__(self, other: object, /) -> bool"))
       .def("__getstate__",
-           [](const kept_set& kept) {
+           [](kept_set& kept) {
+             kept.fetch();
              return nb::make_tuple(kept.batch, kept.heads, kept.capacity, bytes_of(kept.positions),
                                    bytes_of(kept.lengths), static_cast<int>(kept.from));
            },

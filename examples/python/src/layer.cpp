@@ -3,6 +3,8 @@
 
 #include "backends.hpp"
 
+#include "configuration.hpp"
+
 #include <fmt/format.h>
 
 #include <algorithm>
@@ -31,6 +33,13 @@ void check_axis(const array& a, const array& b, std::size_t axis, const char* wh
                                                   b.extents[axis]));
 }
 
+/// That two arrays lie at one place.
+void check_place(const array& a, const array& b) {
+  if (a.device_type == b.device_type && a.device == b.device) return;
+  throw failure(errc::invalid_argument, fmt::format("{} lies on {}, {} on {}", a.name, array_place(a).text(), b.name,
+                                                    array_place(b).text()));
+}
+
 /// A tensor like another whose elements nobody reads: they are all one.
 tensor_view<const float, 4> unread(const array& like) {
   static constexpr float element = 0.0f;
@@ -42,7 +51,14 @@ tensor_view<const float, 4> unread(const array& like) {
 
 metric_value make_metric(nb::handle w_o, index_t query_heads, std::optional<int> threads) {
   metric_value made;
-  made.w_o = take_array(w_o, "w_o", w_o_rules);
+  array_rules rules = w_o_rules;
+  rules.devices = true;
+  made.w_o = take_array(w_o, "w_o", rules);
+  made.given = made.w_o.object;
+  // Prepared on the CPU, once.
+  if (made.w_o.device_type != host_device) {
+    made.w_o = take_array(on_host(array_place(made.w_o), made.given), "w_o", w_o_rules);
+  }
   if (query_heads < 1 || made.w_o.extents[1] % query_heads != 0) {
     throw failure(errc::shape_mismatch, fmt::format("w_o has {} columns: {} query heads cannot share them",
                                                     made.w_o.extents[1], query_heads));
@@ -57,13 +73,55 @@ metric_value make_metric(nb::handle w_o, index_t query_heads, std::optional<int>
   return made;
 }
 
+/// A part of a metric at a place, and what it is there.
+template <class T, std::size_t Rank>
+nb::object copied(const array_place& place, const tensor_view<const T, Rank>& part) {
+  const nb::object whole = give_array(framework::numpy, part.data, {part.extents.begin(), part.extents.end()},
+                                      nb::dtype<T>(), nb::none());
+  return moved_to(place, whole);
+}
+
+template <class T, std::size_t Rank>
+device_tensor tensor_of_part(const array_place& place, const nb::object& copy, const tensor_view<const T, Rank>& like) {
+  device_tensor made{.given = true, .data = address_of(place, copy), .item_bytes = sizeof(T)};
+  std::copy(like.extents.begin(), like.extents.end(), made.extents.begin());
+  std::copy(like.strides.begin(), like.strides.end(), made.strides.begin());
+  return made;
+}
+
+/// The metric's copy at a place, made where there is none.
+const metric_arrays& metric_at(metric_value& metric, const array_place& place) {
+  const auto at = std::find_if(metric.copies.begin(), metric.copies.end(),
+                               [&](const metric_arrays& copy) { return copy.place == place; });
+  if (at != metric.copies.end()) return *at;
+  const output_metric_view view = metric.metric.view();
+  return metric.copies.emplace_back(
+      metric_arrays{place, copied(place, view.gram), copied(place, view.factor), copied(place, view.spectrum)});
+}
+
 }  // namespace
 
-layer_input::layer_input(const layer_arguments& from, const layer_needs& needs)
+layer_needs needs_of(const cli::configuration& c) {
+  return {.query = c.reads_queries(),
+          .query_rows = c.observes() && !c.observes_every_query() ? c.window : -1,
+          .key = c.reads_keys(),
+          .value = c.reads_values(),
+          .metric = c.measures_through_wo(),
+          .projection = c.needs_wo() && !c.measures_through_wo()};
+}
+
+layer_input::layer_input(const layer_arguments& from, const layer_needs& needs, bool devices)
     : needs_(needs), metric_(from.metric), pad_(padding_of(*from.pad)) {
-  key_ = take_array(from.key, "key", cache_rules);
-  if (needs.value || !from.value.is_none()) value_ = take_array(from.value, "value", cache_rules);
-  if (needs.query || !from.query.is_none()) query_ = take_array(from.query, "query", query_rules);
+  const auto take = [devices](nb::handle object, const char* name, array_rules rules) {
+    rules.devices = devices;
+    return take_array(object, name, rules);
+  };
+  key_ = take(from.key, "key", cache_rules);
+  if (needs.value || !from.value.is_none()) value_ = take(from.value, "value", cache_rules);
+  if (needs.query || !from.query.is_none()) query_ = take(from.query, "query", query_rules);
+  for (const array* const other : {&value_, &query_}) {
+    if (!other->missing()) check_place(*other, key_);
+  }
   if (!value_.missing()) {
     check_axis(value_, key_, 0, "sequences");
     check_axis(value_, key_, 1, "heads");
@@ -84,9 +142,16 @@ layer_input::layer_input(const layer_arguments& from, const layer_needs& needs)
   }
   if (!from.w_o.is_none()) {
     if (metric_ != nullptr) throw failure(errc::invalid_argument, "metric and w_o exclude each other");
-    if (needs.metric || needs.projection) w_o_ = take_array(from.w_o, "w_o", w_o_rules);
+    if (needs.metric || needs.projection) {
+      w_o_ = take(from.w_o, "w_o", w_o_rules);
+      given_w_o_ = w_o_.object;
+      if (w_o_.device_type != host_device) {
+        w_o_ = take_array(on_host(array_place(w_o_), given_w_o_), "w_o", w_o_rules);
+      }
+    }
   } else if (metric_ != nullptr && needs.projection) {
     w_o_ = metric_->w_o;
+    given_w_o_ = metric_->given;
   }
   if ((needs.metric && metric_ == nullptr && w_o_.missing()) || (needs.projection && w_o_.missing())) {
     throw failure(errc::missing_input, "the policy measures through W_O: give a metric (see Metric) or w_o");
@@ -109,53 +174,91 @@ layer_view<float> layer_input::widen(eigen_backend& backend) {
   layer_view<float> layer;
   if (needs_.key) key_rows_.read(backend, key_);
   layer.key = needs_.key ? key_rows_.view() : unread(key_);
-  const index_t batch = layer.key.extent(0);
-  const index_t head_dim = layer.key.extent(3);
   if (needs_.value) value_rows_.read(backend, value_);
   layer.value = needs_.value ? value_rows_.view() : unread(key_);
   if (needs_.query) {
     query_rows_.read(backend, query_);
     layer.query = query_rows_.view();
   } else {
-    index_t heads = layer.key.extent(1);
-    if (!query_.missing()) {
-      heads = query_.extents[1];
-    } else if (metric_ != nullptr) {
-      heads = metric_->query_heads;
-    }
-    layer.query = {nullptr, {batch, heads, 0, head_dim}};
+    layer.query = {nullptr, {key_.extents[0], query_heads(), 0, head_dim()}};
   }
-  const index_t query_heads = layer.query.extent(1);
   if (!w_o_.missing()) {
     w_o_rows_.read(backend, w_o_);
     layer.projection = w_o_rows_.view();
   }
   if (needs_.metric) {
-    if (metric_ != nullptr) {
-      if (metric_->query_heads != query_heads || metric_->head_dim != head_dim) {
-        throw failure(errc::shape_mismatch,
-                      fmt::format("the metric is of {} query heads of {} channels, the layer has {} of {}",
-                                  metric_->query_heads, metric_->head_dim, query_heads, head_dim));
-      }
-      layer.metric = metric_->metric.view();
-    } else {
-      require(own_metric_.build(layer.projection, query_heads, head_dim));
-      layer.metric = own_metric_.view();
-    }
+    check_metric();
+    if (metric_ == nullptr) require(own_.metric.build(layer.projection, query_heads(), head_dim()));
+    layer.metric = (metric_ != nullptr ? metric_ : &own_)->metric.view();
   }
+  device_layer lengths;
+  add_lengths(lengths);
+  layer.lengths = lengths.lengths;
+  layer.head_lengths = lengths.head_lengths;
+  layer.keep_mask = lengths.keep_mask;
+  layer.pad = lengths.pad;
+  return layer;
+}
+
+device_layer layer_input::on_device() {
+  const array_place at = place();
+  device_layer layer;
+  layer.key = tensor_of(key_);
+  if (!value_.missing()) layer.value = tensor_of(value_);
+  if (!query_.missing()) {
+    layer.query = tensor_of(query_);
+  } else {
+    layer.query.extents = {key_.extents[0], query_heads(), 0, head_dim()};
+  }
+  if (needs_.metric || needs_.projection) {  // behind W_O, single deletions are measured by the metric
+    check_metric();
+    if (metric_ == nullptr) {
+      own_ = make_metric(given_w_o_, query_heads(), std::nullopt);
+      metric_ = &own_;
+    }
+    const metric_arrays& copy = metric_at(*metric_, at);
+    const output_metric_view view = metric_->metric.view();
+    layer.gram = tensor_of_part(at, copy.gram, view.gram);
+    layer.factor = tensor_of_part(at, copy.factor, view.factor);
+    layer.spectrum = tensor_of_part(at, copy.spectrum, view.spectrum);
+  }
+  if (needs_.projection) {
+    array_rules rules = w_o_rules;
+    rules.devices = true;
+    projection_ = take_array(moved_to(at, given_w_o_, key_.object.attr("dtype")), "w_o", rules);
+    layer.projection = tensor_of(projection_);
+  }
+  add_lengths(layer);
+  return layer;
+}
+
+/// Of the queries, or of whom knows.
+index_t layer_input::query_heads() const noexcept {
+  if (!query_.missing()) return query_.extents[1];
+  return metric_ != nullptr ? metric_->query_heads : key_.extents[1];
+}
+
+void layer_input::check_metric() const {
+  if (metric_ == nullptr || (metric_->query_heads == query_heads() && metric_->head_dim == head_dim())) return;
+  throw failure(errc::shape_mismatch,
+                fmt::format("the metric is of {} query heads of {} channels, the layer has {} of {}",
+                            metric_->query_heads, metric_->head_dim, query_heads(), head_dim()));
+}
+
+void layer_input::add_lengths(device_layer& layer) const {
   if (!lengths_.empty()) layer.lengths = {lengths_.data(), {lengths_extents_[0]}};
   if (!head_lengths_.empty()) {
     layer.head_lengths = {head_lengths_.data(), {head_lengths_extents_[0], head_lengths_extents_[1]}};
   }
   if (!keep_mask_.empty()) layer.keep_mask = {keep_mask_.data(), {keep_mask_extents_[0], keep_mask_extents_[1]}};
   layer.pad = pad_;
-  return layer;
 }
 
 void add_metric(nb::module_& m) {
   nb::class_<metric_value>(m, "Metric", R"(What a layer's W_O does to distances, prepared once when a model is loaded.
 
-It holds W_O, without a copy, and 12 head_dim^2 bytes a query head.)")
+It holds W_O, without a copy, and 12 head_dim^2 bytes a query head; of a W_O on a GPU a copy on the host, and once it
+is used there, the same bytes on the GPU.)")
       .def("__init__",
            [](metric_value& self, nb::handle w_o, index_t query_heads, std::optional<int> threads) {
              new (&self) metric_value(make_metric(w_o, query_heads, threads));

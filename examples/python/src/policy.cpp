@@ -73,17 +73,8 @@ policy make(std::string name, cli::configuration c) {
   if (c.method == cli::method_kind::set_error) {
     throw failure(errc::unsupported, "the method set_error measures a given set: see output_error");
   }
-  if (c.over_layers()) {
-    throw failure(errc::unsupported,
-                  fmt::format("the allocation {} is over the layers of a model: one layer has no share of it",
-                              cli::name_of(c.allocation)));
-  }
   std::string text = cli::to_json(c).dump();
   return {std::move(name), c, std::move(text)};
-}
-
-bool runs_on_a_layer(const cli::named_policy& named) {
-  return named.refined == cli::refinement::none && !named.policy.over_layers();
 }
 
 /// A method of the list; nothing where the name is none.
@@ -167,7 +158,7 @@ nb::tuple needs_of(const policy& p) {
 nb::dict all_policies() {
   nb::dict all;
   for (const cli::named_policy& named : cli::policy_table()) {
-    if (runs_on_a_layer(named)) all[named.name.c_str()] = named.description;
+    if (named.refined == cli::refinement::none) all[named.name.c_str()] = named.description;
   }
   return all;
 }
@@ -200,6 +191,9 @@ void add_policy(nb::module_& m) {
                    "Whether it looks at every query that it is given, not at the window's alone.")
       .def_prop_ro("per_query_head", [](const policy& p) { return p.c.per_query_head(); },
                    "Whether each query head has a kept set of its own.")
+      .def_prop_ro("over_layers", [](const policy& p) { return p.c.over_layers(); },
+                   "Whether its budget is one over all layers of a model: for `select_layers` and `ModelSelection`, "
+                   "not for `select`.")
       .def("keys", &dict_of, nb::sig("def keys(self) -> dict[str, bool | int | float | str]"),
            "Every key with its value; `policy(**p.keys())` is equal to p.")
       .def("replace", &replaced, nb::sig("def replace(self, **keys: bool | int | float | str | None) -> Policy"),
@@ -233,7 +227,7 @@ it is.
 
 Raises Error for names, keys and values that are not known.)");
   m.def("policies", &all_policies, nb::sig("def policies() -> dict[str, str]"),
-        "The policies that have a name, with a line on each.");
+        "The policies that have a name, with a line on each. Those with `over_layers` choose from a whole model.");
 }
 
 }  // namespace restkv::python

@@ -7,26 +7,36 @@
 
 #include "selection.hpp"
 
+#include <fmt/format.h>
+
 namespace restkv::python {
 
 namespace {
 
-/// What a configuration reads of a layer.
-layer_needs needs_of(const cli::configuration& c) {
-  return {.query = c.reads_queries(),
-          .query_rows = c.observes() && !c.observes_every_query() ? c.window : -1,
-          .key = c.reads_keys(),
-          .value = c.reads_values(),
-          .metric = c.measures_through_wo(),
-          .projection = c.needs_wo() && !c.measures_through_wo()};
+kept_set select_on(device_library& library, const cli::configuration& c, layer_input& input) {
+  call_memory memory(input.place());
+  const device_layer layer = input.on_device();
+  const device_call call = call_at(input.place());
+  {
+    const nb::gil_scoped_release unlocked;
+    require(library.select(call, c, layer, memory));
+  }
+  return kept_of(memory, input.place(), input.tokens());
 }
 
-kept_set select(const policy& policy, nb::handle query, nb::handle key, nb::handle value, const metric_value* metric,
+kept_set select(const policy& policy, nb::handle query, nb::handle key, nb::handle value, metric_value* metric,
                 nb::handle w_o, nb::handle lengths, nb::handle head_lengths, nb::handle keep_mask,
                 const std::string& pad, std::optional<index_t> layer_index, std::optional<index_t> layer_count,
                 std::optional<int> threads) {
   const cli::configuration c = policy.at_layer(layer_index, layer_count);
-  layer_input input({query, key, value, metric, w_o, lengths, head_lengths, keep_mask, &pad}, needs_of(c));
+  if (c.over_layers()) {
+    throw failure(errc::unsupported,
+                  fmt::format("the allocation {} is over the layers of a model, one layer has no share of it: see "
+                              "select_layers and ModelSelection",
+                              cli::name_of(c.allocation)));
+  }
+  layer_input input({query, key, value, metric, w_o, lengths, head_lengths, keep_mask, &pad}, needs_of(c), true);
+  if (device_library* const library = input.place().library()) return select_on(*library, c, input);
   const nb::gil_scoped_release unlocked;
   const borrowed_backend backend(threads);
   const layer_view<float> layer = input.widen(*backend);
@@ -53,7 +63,7 @@ query: [batch, query_heads, queries, head_dim], the newest queries, oldest first
 window; after RoPE, scaled so that a logit is query . key / sqrt(head_dim). None where the policy looks at none
 (`Policy.needs`); then the heads are the KV heads, or those of the metric. key, value: [batch, kv_heads, tokens,
 head_dim], keys after RoPE; value may be None where the policy does not look at values. Arrays of any library that
-speaks DLPack, on the CPU, with any strides. float32 is read in place; what the policy reads of float16, bfloat16
+speaks DLPack, with any strides. float32 is read in place; what the policy reads of float16, bfloat16
 and float64 is widened (float64: rounded) to float32 first, for the length of the call.
 
 metric, or w_o [hidden, query_heads * head_dim] from which one is made each time: for policies with `needs_w_o`.
@@ -61,6 +71,10 @@ lengths: [batch], tokens of each sequence where they differ, with their padding.
 instead, for a cache whose heads differ. keep_mask: [batch, tokens], not 0 where a token is never evicted.
 layer_index, layer_count: the layer's place in the model, for policies that depend on it. threads: those of this
 call, else OMP_NUM_THREADS or the CPUs.
+
+Arrays on a GPU, where the module was built with CUDA: of PyTorch or CuPy, all on one device and of one type, float32,
+float16 or bfloat16; lengths and masks stay on the host. Everything is enqueued on the caller's current stream, and the
+`Kept` lies on the GPU. Policies that score whole heads or rescore run on the CPU alone: Error, `unsupported`.
 
 Sequences that fit their budget keep everything. Kept positions are indices of the token axis. The interpreter's
 lock is not held. Raises Error for arrays that do not fit each other or the policy.)");

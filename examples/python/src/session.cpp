@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "backends.hpp"
+#include "exclusive_use.hpp"
 #include "functions.hpp"
 #include "layer.hpp"
 #include "policy.hpp"
@@ -137,6 +138,11 @@ std::unique_ptr<any_session> make_session(const cli::configuration& c, bool runn
                                                   cli::name_of(c.rescoring), why));
   };
   using method = cli::method_kind;
+  if (c.over_layers()) {
+    throw failure(errc::unsupported,
+                  fmt::format("the allocation {} is over the layers of a model: a session evicts each layer by itself",
+                              cli::name_of(c.allocation)));
+  }
   if (c.rescoring != cli::rescoring_kind::none) throw unsupported("is not among those that sessions run");
   if (running && c.spatial == cli::spatial_kind::adaptive) {
     throw failure(errc::invalid_argument, "an adaptive window compares queries: it does not go with running scores");
@@ -187,21 +193,6 @@ array take_chunk(nb::handle object, const char* name) {
   return made;
 }
 
-/// Held while a call changes a session. A second thread is told so: it would wait with the interpreter's lock, or change
-/// what the first one reads.
-class session_use {
- public:
-  explicit session_use(std::atomic<bool>& used) : used_(used) {
-    if (used_.exchange(true)) throw failure(errc::invalid_argument, "another thread is using the session");
-  }
-  session_use(const session_use&) = delete;
-  session_use& operator=(const session_use&) = delete;
-  ~session_use() { used_ = false; }
-
- private:
-  std::atomic<bool>& used_;
-};
-
 /// `restkv.Session`.
 class session_value {
  public:
@@ -226,7 +217,7 @@ class session_value {
   void set_projection(index_t layer, nb::object metric) {
     const auto& given = nb::cast<const metric_value&>(metric);
     check_layer_index(layer);
-    const session_use use(used_);
+    const exclusive_use use(used_, "session");
     const nb::gil_scoped_release unlocked;
     projection made;
     const borrowed_backend backend(options_.threads);
@@ -244,7 +235,7 @@ class session_value {
     if (queries.missing() && policy_.c.reads_queries()) {
       throw failure(errc::missing_input, "the policy looks at queries: query is None");
     }
-    const session_use use(used_);
+    const exclusive_use use(used_, "session");
     from_ = keys.from;
     const nb::gil_scoped_release unlocked;
     const borrowed_backend backend(options_.threads);
@@ -258,34 +249,34 @@ class session_value {
   }
 
   void evict(index_t layer) {
-    const session_use use(used_);
+    const exclusive_use use(used_, "session");
     require(session_->evict(layer));
   }
   void evict_if_due(index_t layer) {
-    const session_use use(used_);
+    const exclusive_use use(used_, "session");
     require(session_->evict_if_due(layer));
   }
   void begin_speculation() {
-    const session_use use(used_);
+    const exclusive_use use(used_, "session");
     require(session_->begin_speculation());
   }
   void commit(index_t accepted) {
-    const session_use use(used_);
+    const exclusive_use use(used_, "session");
     require(session_->commit(accepted));
   }
   void rollback() {
-    const session_use use(used_);
+    const exclusive_use use(used_, "session");
     require(session_->rollback());
   }
   void clear() {
-    const session_use use(used_);
+    const exclusive_use use(used_, "session");
     session_->clear();
   }
 
   /// A session of its own with the same content and the same projections.
   [[nodiscard]] std::unique_ptr<session_value> fork() {
     auto made = std::unique_ptr<session_value>(new session_value(policy_, options_));
-    const session_use use(used_);
+    const exclusive_use use(used_, "session");
     {
       const nb::gil_scoped_release unlocked;
       made->session_ = session_->fork();

@@ -12,6 +12,7 @@ import pytest
 from safetensors import safe_open
 
 ROOT = Path(__file__).resolve().parents[3]
+TRACE = ROOT / "examples" / "data" / "trace-2k.safetensors"
 GOLDEN = sorted((ROOT / "tests" / "data" / "golden").glob("*.safetensors"))
 
 
@@ -49,6 +50,17 @@ def random_layer(
 
 def random_w_o(query_heads: int = 4, head_dim: int = 16, hidden: int = 40) -> np.ndarray:
     return np.random.default_rng(3).standard_normal((hidden, query_heads * head_dim), dtype=np.float32)
+
+
+def trace_layers(indices: list[int]) -> list[dict[str, np.ndarray]]:
+    """Layers of the bundled trace, as arguments of `restkv.select`."""
+    layers = []
+    with safe_open(TRACE, "np") as file:
+        for index in indices:
+            tensors = {name: file.get_tensor(f"layers.{index}.{name}") for name in ("q", "k", "v", "wo")}
+            layers.append({"query": tensors["q"][None], "key": tensors["k"][None], "value": tensors["v"][None]})
+            layers[-1]["w_o"] = tensors["wo"]
+    return layers
 
 
 def program() -> Path:

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -14,6 +14,9 @@ import restkv
 
 from .layer import RestKVLayer
 from .prompts import attend_prompt
+
+if TYPE_CHECKING:
+    from .cache import RestKVCache
 
 NAMES = {"restkv": False, "restkv_fa2": True}
 """The registered functions, and whether they read prompts by the package flash_attn. None is called "flash": then
@@ -43,7 +46,11 @@ def attention_of(flash: bool) -> Any:
         layer: RestKVLayer | None = getattr(key, "restkv_layer", None)
         if layer is None:
             return attend_prompt(module, query, key, value, attention_mask, **facts), None
-        return layer.attend(module, query, attention_mask, **facts), None
+        output = layer.attend(module, query, attention_mask, **facts)
+        cache: RestKVCache | None = getattr(key, "restkv_cache", None)
+        if cache is not None:
+            cache.attended(layer, query.shape[2])
+        return output, None
 
     return attention
 

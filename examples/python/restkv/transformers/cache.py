@@ -6,7 +6,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Iterator, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from transformers import Cache, DynamicCache, PretrainedConfig, PreTrainedModel
@@ -15,9 +15,10 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 import restkv
 
 from .attention import attach
-from .layer import RestKVLayer, Settings
+from .layer import RestKVLayer, Settings, are_due
 from .queries import QueryWindow
 from .rows import write_row
+from .selection import select_together
 
 
 class RestKVCache(Cache):
@@ -33,7 +34,8 @@ class RestKVCache(Cache):
     `when`    "prefill": after each forward of more than one token, layer by layer while the model runs: a prompt in
               one piece, each chunk of a prompt in chunks, each turn of a conversation. "decode": before the first
               single token, so that chunks of a prompt see each other whole. Both evict again while decoding. "manual":
-              only when `evict` is called.
+              only when `evict` is called. A policy with `over_layers` evicts all layers at once, "prefill" when the
+              last one has attended: until then the whole prompt is held.
     `slack`   tokens a head may grow beyond its budget, in the mean, before it is evicted while decoding.
     `window`  queries that are remembered for policies that `evict` will be given, or "all"; the policy's own window at
               least.
@@ -119,9 +121,55 @@ class RestKVCache(Cache):
         if chosen is None:
             raise restkv.Error("the cache has no policy: name one")
         self.check_queries(chosen)
-        for layer in self.evicting_layers():
-            layer.evict(chosen)
+        if chosen.over_layers:
+            self.evict_together(chosen)
+        else:
+            for layer in self.evicting_layers():
+                layer.evict(chosen)
         return self
+
+    @torch.no_grad()
+    def evict_together(self, policy: restkv.Policy) -> None:
+        """Evicts all layers by one choice over them."""
+        layers = [layer for layer in self.evicting_layers() if not layer.is_empty]
+        for layer in layers:
+            layer.check_handed_over()
+        if layers:
+            for layer, chosen in zip(layers, select_together(policy, layers), strict=True):
+                layer.keep(chosen)
+
+    def evict_if_due(self, prefill: bool) -> None:
+        """Evicts all layers where the policy's budget is one over them and they hold too much."""
+        policy = self.settings.policy
+        layers = [layer for layer in self.evicting_layers() if not layer.is_empty]
+        if policy is not None and policy.over_layers and layers and are_due(layers, policy, prefill):
+            self.evict_together(policy)
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Takes the keys and values of new tokens; see `RestKVLayer.update`. By the keys that come out, attention finds
+        the cache."""
+        first = next(self.evicting_layers(), None)
+        begins = first is not None and first.index == layer_idx
+        if first is not None and begins and self.settings.when == "decode" and key_states.shape[2] == 1:
+            self.evict_if_due(prefill=not first.evicted)
+        keys, values = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        if isinstance(self.layers[layer_idx], RestKVLayer):
+            keys.restkv_cache = self  # type: ignore[attr-defined]
+        return keys, values
+
+    def attended(self, layer: RestKVLayer, new: int) -> None:
+        """Called when a layer has attended to `new` tokens: behind the last one, all layers can be chosen from."""
+        if self.settings.when != "prefill" or layer.index != self.last_index(layer):
+            return
+        self.evict_if_due(prefill=new > 1)
+
+    def last_index(self, layer: RestKVLayer) -> int:
+        """The last layer that a policy may act on. A cache that was not told its model asks the layer's."""
+        if self.layer_class_to_replicate is not None:
+            return int(layer.module.config.num_hidden_layers) - 1
+        return max(index for index, other in enumerate(self.layers) if isinstance(other, RestKVLayer))
 
     def fork(self) -> RestKVCache:
         """A cache with the same tokens that goes its own way. Costs nothing: memory is copied by whoever writes to it

@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import weakref
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -18,7 +19,7 @@ from .attend import Logits, has_varlen
 from .prompts import attend_prompt
 from .queries import QueryWindow
 from .rows import PaddedRows, RaggedRows, Rows, write_row
-from .selection import budget_of, select_kept
+from .selection import Entries, budget_of, select_kept
 
 NOT_HANDED_OVER = (
     "keys came to layer {0} whose queries did not: the model's attention must be 'restkv' (pass the model to "
@@ -318,20 +319,20 @@ class RestKVLayer(CacheLayerMixin):
 
     # Eviction.
 
+    @property
+    def module(self) -> nn.Module:
+        """The attention layer that filled this one. Raises `restkv.Error` where it is gone."""
+        module = self.attention() if self.attention is not None else None
+        if module is None:
+            raise restkv.Error(f"the model that filled layer {self.index} is gone")
+        return module
+
     def is_due(self, prefill: bool) -> bool:
-        """Whether an eviction is due: after a prompt where a sequence holds more than the budget, or padding; while
-        decoding where it grew `slack` beyond."""
+        """Whether this layer is to be evicted now, by itself."""
         policy = self.settings.policy
-        if policy is None or self.left_alone or self.is_empty:
+        if policy is None or policy.over_layers or self.left_alone or self.is_empty:
             return False
-        if prefill and self.valid is not None:
-            return True
-        slack = 0 if prefill else self.settings.slack
-        for of_sequence, count, after in zip(self.rows.lengths, self.counts, self.length_after, strict=True):
-            mean = sum(of_sequence) / len(of_sequence)
-            if mean > budget_of(policy, count) + slack and mean - after >= slack:
-                return True
-        return False
+        return are_due([self], policy, prefill)
 
     @torch.no_grad()
     def evict(self, policy: restkv.Policy | None = None) -> None:
@@ -340,13 +341,11 @@ class RestKVLayer(CacheLayerMixin):
         policy = policy or self.settings.policy
         if policy is None:
             raise restkv.Error("the cache has no policy: name one")
-        if self.is_empty or self.left_alone:
-            return
-        module = self.attention() if self.attention is not None else None
-        if module is None:
-            raise restkv.Error(f"the model that filled layer {self.index} is gone")
-        queries = self.queries.view() if self.queries.parts else None
-        chosen = select_kept(policy, self, module, queries)
+        if not self.is_empty and not self.left_alone:
+            self.keep(select_kept(policy, self))
+
+    def keep(self, chosen: Entries) -> None:
+        """Drops all entries of the rows but those."""
         lengths = [[len(index) for index in of_sequence] for of_sequence in chosen]
         rows = self.settings.make_rows(lengths, (self.rows.key, self.rows.value))
         group = rows.heads // self.rows.heads
@@ -371,3 +370,18 @@ class RestKVLayer(CacheLayerMixin):
         twin.queries = self.queries.fork()
         twin.stored = None if self.stored is None else self.stored.fork()
         return twin
+
+
+def are_due(layers: Sequence[RestKVLayer], policy: restkv.Policy, prefill: bool) -> bool:
+    """Whether layers that share a budget are to be evicted: after a prompt where a sequence holds more than the budget,
+    or padding; while decoding where it grew `slack` beyond."""
+    if prefill and any(layer.valid is not None for layer in layers):
+        return True
+    slack = 0 if prefill else layers[0].settings.slack
+    for b, count in enumerate(layers[0].counts):
+        lengths = [n for layer in layers for n in layer.rows.lengths[b]]
+        mean = sum(lengths) / len(lengths)
+        after = sum(layer.length_after[b] for layer in layers) / len(layers)
+        if mean > budget_of(policy, count) + slack and mean - after >= slack:
+            return True
+    return False

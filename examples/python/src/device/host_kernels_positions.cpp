@@ -1,0 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "host_kernels.hpp"
+
+RESTKV_PYTHON_SCORES(, restkv::host_kernel_backend, positions, float)
+RESTKV_PYTHON_SCORES(, restkv::host_kernel_backend, positions, restkv::half)
