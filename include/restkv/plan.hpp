@@ -116,7 +116,9 @@ class rescoring_inputs {
   [[nodiscard]] status compute(Backend& backend, const layer_view<T>& layer, Memory& memory) {
     if constexpr (weighs) {
       RESTKV_RETURN_IF_FAILED(backend.token_scores(weights_, layer, weight_scratch_, memory.weights));
-      if constexpr (weights_are_shares<rescoring_t>()) divide_by_sum_over_heads(layer, memory.weights);
+      if constexpr (weights_are_shares<rescoring_t>()) {
+        RESTKV_RETURN_IF_FAILED(divide_by_sum_over_heads(backend, layer, memory.weights));
+      }
     }
     if constexpr (attends) {
       RESTKV_RETURN_IF_FAILED(backend.token_scores(attention_, layer, attention_scratch_, memory.attention));
@@ -127,17 +129,33 @@ class rescoring_inputs {
  private:
   /// Heads of different lengths: token n of each.
   template <class T, class Real>
-  static void divide_by_sum_over_heads(const layer_view<T>& layer, const tensor_view<Real, 3>& weights) noexcept {
+  [[nodiscard]] static status divide_by_sum_over_heads(Backend& backend, const layer_view<T>& layer,
+                                                       const tensor_view<Real, 3>& weights) {
+    constexpr index_t most = 2048;  // tokens at a time, 16 KB
+    std::array<double, most> sums;
     for (index_t b = 0; b < weights.extent(0); ++b) {
       const index_t length = shortest_head(layer, b);
-      for (index_t n = 0; n < length; ++n) {
-        double sum = 0;
-        for (index_t h = 0; h < weights.extent(1); ++h) sum += static_cast<double>(weights(b, h, n));
-        for (index_t h = 0; h < weights.extent(1) && sum > 0; ++h) {
-          weights(b, h, n) = static_cast<Real>(static_cast<double>(weights(b, h, n)) / sum);
+      for (index_t first = 0; first < length; first += most) {
+        const index_t count = std::min(most, length - first);
+        sums.fill(0.0);
+        RESTKV_RETURN_IF_FAILED(
+            fold_heads(backend, std::span(sums).first(static_cast<std::size_t>(count)), [&](bool) {
+              for (index_t n = 0; n < count; ++n) {
+                for (index_t h = 0; h < weights.extent(1); ++h) {
+                  sums[static_cast<std::size_t>(n)] += static_cast<double>(weights(b, h, first + n));
+                }
+              }
+            }));
+        for (index_t n = 0; n < count; ++n) {
+          const double sum = sums[static_cast<std::size_t>(n)];
+          for (index_t h = 0; h < weights.extent(1) && sum > 0; ++h) {
+            Real& weight = weights(b, h, first + n);
+            weight = static_cast<Real>(static_cast<double>(weight) / sum);
+          }
         }
       }
     }
+    return {};
   }
 
   weights_t weights_;
@@ -169,27 +187,27 @@ struct selection_memory {
 
   selection_memory(const Backend& backend, const plan<Policy>& p, workspace& space) noexcept {
     const index_t count = p.shape.batch * p.heads;
-    positions = {space.take<position_t>(count * p.capacity), {p.shape.batch, p.heads, p.capacity}};
+    positions = {space.take<position_t>(count, p.capacity), {p.shape.batch, p.heads, p.capacity}};
     lengths = {space.take<position_t>(count), {p.shape.batch, p.heads}};
-    score = {space.take<real>(count * p.shape.tokens), {p.shape.batch, p.heads, p.shape.tokens}};
-    smoothed = {space.take<real>(count * p.shape.tokens), {p.shape.batch, p.heads, p.shape.tokens}};
+    score = {space.take<real>(count, p.shape.tokens), {p.shape.batch, p.heads, p.shape.tokens}};
+    smoothed = {space.take<real>(count, p.shape.tokens), {p.shape.batch, p.heads, p.shape.tokens}};
     drift = {space.take<double>(count), {p.shape.batch, p.heads}};
     candidates = space.take<index_t>(count);
     counts = space.take<index_t>(count);
     shares = space.take<double>(count);
     if constexpr (rescores<decltype(Policy::rescoring)>) {
       if constexpr (has_weight<decltype(Policy::rescoring)>) {
-        weights = {space.take<real>(count * p.shape.tokens), {p.shape.batch, p.heads, p.shape.tokens}};
+        weights = {space.take<real>(count, p.shape.tokens), {p.shape.batch, p.heads, p.shape.tokens}};
       }
       if constexpr (rescoring_reads_attention<decltype(Policy::rescoring)>()) {
-        attention = {space.take<real>(count * p.shape.tokens), {p.shape.batch, p.heads, p.shape.tokens}};
+        attention = {space.take<real>(count, p.shape.tokens), {p.shape.batch, p.heads, p.shape.tokens}};
       }
-      rescoring = space.take<real>(count * scratch_size_of(p.policy.rescoring, p.shape));
+      rescoring = space.take<real>(count, scratch_size_of(p.policy.rescoring, p.shape));
     }
     if constexpr (may_prune<Backend, Policy>) {
       if (!backend.bounds_pay(make_score_request(p.policy, p.shape))) return;
-      states = {space.take<token_state>(count * p.shape.tokens), {p.shape.batch, p.heads, p.shape.tokens}};
-      settled = space.take<std::uint8_t>(count * p.shape.tokens);
+      states = {space.take<token_state>(count, p.shape.tokens), {p.shape.batch, p.heads, p.shape.tokens}};
+      settled = space.take<std::uint8_t>(count, p.shape.tokens);
       rows = space.take<pruning_row<key>>(count);
     }
   }
@@ -253,6 +271,11 @@ template <tensor_backend Backend, class Policy>
     return status::error(errc::invalid_argument, "layer %lld of %lld layers does not exist", ll(shape.layer),
                          ll(shape.layers));
   }
+  constexpr index_t most_layers = index_t(1) << 20;
+  if (shape.layers > most_layers) {
+    return status::error(errc::invalid_argument, "%lld layers, at most %lld are possible", ll(shape.layers),
+                         ll(most_layers));
+  }
   constexpr index_t most_rows = index_t(1) << 40;
   if (shape.batch > most_rows / shape.query_heads / std::max<index_t>(1, shape.tokens)) {
     return status::error(errc::invalid_argument, "%lld sequences of %lld heads of %lld tokens pass 2^40 scores",
@@ -262,6 +285,9 @@ template <tensor_backend Backend, class Policy>
     if constexpr (requires { { policy.score.check(shape) } -> std::same_as<status>; }) {
       RESTKV_RETURN_IF_FAILED(policy.score.check(shape));
     }
+  }
+  if constexpr (requires { { policy.spatial.check(shape) } -> std::same_as<status>; }) {
+    RESTKV_RETURN_IF_FAILED(policy.spatial.check(shape));
   }
   plan<Policy> made;
   made.policy = policy;

@@ -1,14 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0
 /// @file
 /// Policy parts chosen at run time: for programs that read their policy from a file. Each holds one of the parts of its
-/// kind and behaves exactly like it; one instantiation of `select` then serves all of them. On the host: a device backend
-/// wants parts of known types.
+/// kind and behaves exactly like it; one instantiation of `select` then serves all of them. A device can call the
+/// smoothers; of budgets it wants a known type.
 #pragma once
 
 #include <restkv/budget/budget_table.hpp>
 #include <restkv/budget/duo_attention.hpp>
 #include <restkv/budget/head_kv.hpp>
 #include <restkv/policy.hpp>
+#include <restkv/smoothing/following_pool.hpp>
+#include <restkv/smoothing/segment_pool.hpp>
 
 #include <type_traits>
 #include <variant>
@@ -16,6 +18,15 @@
 namespace restkv {
 
 namespace detail {
+
+/// std::visit for one choice of parts that never throws, which a device can call.
+template <std::size_t Index = 0, class Visit, class... Parts>
+RESTKV_HD constexpr auto visit_choice(const Visit& visit, const std::variant<Parts...>& choice) noexcept {
+  if constexpr (Index + 1 < sizeof...(Parts)) {
+    if (choice.index() != Index) return visit_choice<Index + 1>(visit, choice);
+  }
+  return visit(*std::get_if<Index>(&choice));
+}
 
 /// `part.check()` where the part has one.
 template <class... Parts>
@@ -38,14 +49,14 @@ struct any_temporal {
   /// See `linear_temporal_smoother` and `streaming_temporal_smoother`; as the choice. Weights are 0 where it has none.
   static constexpr bool monotone = true;
 
-  [[nodiscard]] constexpr bool linear() const noexcept {
-    return std::visit([](const auto& part) { return is_linear(part); }, choice);
+  [[nodiscard]] RESTKV_HD constexpr bool linear() const noexcept {
+    return detail::visit_choice([](const auto& part) { return is_linear(part); }, choice);
   }
-  [[nodiscard]] constexpr bool averages() const noexcept {
-    return std::visit([](const auto& part) { return is_average(part); }, choice);
+  [[nodiscard]] RESTKV_HD constexpr bool averages() const noexcept {
+    return detail::visit_choice([](const auto& part) { return is_average(part); }, choice);
   }
-  [[nodiscard]] double weight(int i, int count) const noexcept {
-    return std::visit(
+  [[nodiscard]] RESTKV_HD double weight(int i, int count) const noexcept {
+    return detail::visit_choice(
         [&](const auto& part) -> double {
           if constexpr (requires { part.weight(i, count); }) return part.weight(i, count);
           return 0.0;
@@ -53,8 +64,8 @@ struct any_temporal {
         choice);
   }
   template <std::floating_point Real>
-  [[nodiscard]] Real fold(Real running, Real value, bool first) const noexcept {
-    return std::visit(
+  [[nodiscard]] RESTKV_HD Real fold(Real running, Real value, bool first) const noexcept {
+    return detail::visit_choice(
         [&](const auto& part) -> Real {
           if constexpr (requires { part.fold(running, value, first); }) return part.fold(running, value, first);
           return running;
@@ -62,8 +73,8 @@ struct any_temporal {
         choice);
   }
   template <std::floating_point Real>
-  [[nodiscard]] Real operator()(std::span<const Real> rows) const noexcept {
-    return std::visit([&](const auto& part) -> Real { return part(rows); }, choice);
+  [[nodiscard]] RESTKV_HD Real operator()(std::span<const Real> rows) const noexcept {
+    return detail::visit_choice([&](const auto& part) -> Real { return part(rows); }, choice);
   }
   [[nodiscard]] status check() const noexcept { return detail::check_choice(choice); }
   ///@}
@@ -71,7 +82,8 @@ struct any_temporal {
 
 /// A spatial smoother. `needs_drift` holds for the type; the drift is computed only when the choice asks for it.
 struct any_spatial {
-  std::variant<no_pool, average_pool, max_pool, adaptive_window> choice{};  ///< the part it behaves like
+  /// The part it behaves like.
+  std::variant<no_pool, average_pool, max_pool, adaptive_window, following_pool, segment_pool> choice{};
 
   ///@{
   /// See `spatial_smoother` and `parted_spatial_smoother`; as the choice.
@@ -82,17 +94,26 @@ struct any_spatial {
   void operator()(std::span<const Real> in, std::span<Real> out, const row_context& row) const noexcept {
     std::visit([&](const auto& part) { part(in, out, row); }, choice);
   }
-  [[nodiscard]] token_reach reach(const row_context& row) const noexcept {
-    return std::visit([&](const auto& part) -> token_reach { return part.reach(row); }, choice);
+  [[nodiscard]] RESTKV_HD token_reach reach(const row_context& row) const noexcept {
+    return detail::visit_choice([&](const auto& part) -> token_reach { return part.reach(row); }, choice);
   }
-  [[nodiscard]] index_t parts(index_t length, const row_context& row) const noexcept {
-    return std::visit([&](const auto& part) -> index_t { return part.parts(length, row); }, choice);
+  [[nodiscard]] RESTKV_HD index_t parts(index_t length, const row_context& row) const noexcept {
+    return detail::visit_choice([&](const auto& part) -> index_t { return part.parts(length, row); }, choice);
   }
   template <std::floating_point Real>
-  void smooth_part(index_t n, std::span<const Real> in, std::span<Real> out, const row_context& row) const noexcept {
-    std::visit([&](const auto& part) { part.smooth_part(n, in, out, row); }, choice);
+  RESTKV_HD void smooth_part(index_t n, std::span<const Real> in, std::span<Real> out,
+                             const row_context& row) const noexcept {
+    detail::visit_choice([&](const auto& part) { part.smooth_part(n, in, out, row); }, choice);
   }
   [[nodiscard]] status check() const noexcept { return detail::check_choice(choice); }
+  [[nodiscard]] status check(const problem_shape& shape) const noexcept {
+    return std::visit(
+        [&](const auto& part) -> status {
+          if constexpr (requires { part.check(shape); }) return part.check(shape);
+          return {};
+        },
+        choice);
+  }
   ///@}
 };
 
@@ -123,6 +144,11 @@ struct any_budget {
   [[nodiscard]] index_t pooled_keys(const budget_problem& problem) const noexcept {
     const auto* const pooled = std::get_if<ada_kv>(&choice);
     return pooled != nullptr ? pooled->pooled_keys(problem) : 0;
+  }
+  template <std::unsigned_integral Key, class Count>
+  void count_pooled(const budget_problem& problem, tensor_view<const Key, 2> keys, std::span<double> scratch,
+                    const Count& count) const noexcept {
+    if (const auto* const pooled = std::get_if<ada_kv>(&choice)) pooled->count_pooled(problem, keys, scratch, count);
   }
   void share_pool(const budget_problem& problem, std::span<index_t> counts, std::span<double> scratch) const noexcept {
     if (const auto* const pooled = std::get_if<ada_kv>(&choice)) pooled->share_pool(problem, counts, scratch);

@@ -60,11 +60,12 @@ template <tensor_backend Backend, class Policy, element T, class Use>
   }
 }
 
-/// `select` on a bulk backend.
-template <bulk_backend Backend, class Policy, element T, memory_space Space>
-[[nodiscard]] status select_in_bulk(Backend& backend, const plan<Policy>& plan, const layer_view<T, Space>& layer,
-                                    workspace& space, basic_kept_tokens<position_t, Space>& kept,
-                                    const selection_details<float, Space>* details) {
+/// Checks the arguments of a selection on a bulk backend, carves its memory and calls use(run) with a `bulk_selection`.
+template <bulk_backend Backend, class Policy, element T, memory_space Space, class Use>
+[[nodiscard]] status with_bulk_selection(Backend& backend, const plan<Policy>& plan, const layer_view<T, Space>& layer,
+                                         workspace& space,
+                                         const std::type_identity_t<selection_details<float, Space>>* details,
+                                         const Use& use) {
   RESTKV_RETURN_IF_FAILED(check_bulk_plan<Backend>(plan));  // it may be another backend's
   RESTKV_RETURN_IF_FAILED(check_selection(plan, layer, space, details));
   const auto request = make_score_request(plan.policy, plan.shape);
@@ -72,7 +73,7 @@ template <bulk_backend Backend, class Policy, element T, memory_space Space>
   typename Backend::template scratch<score_request_of<Policy>> scratch(backend, request, space);
   RESTKV_RETURN_IF_FAILED(space.check());
   bulk_selection<Backend, Policy, T> run(backend, plan, layer, request, memory, scratch, details);
-  return run.run(kept);
+  return use(run);
 }
 
 }  // namespace detail
@@ -96,7 +97,7 @@ template <tensor_backend Backend, class Policy, element T, memory_space Space>
                             const std::type_identity_t<selection_details<typename Backend::score_type, Space>>* details =
                                 nullptr) {
   if constexpr (detail::selects_in_bulk<Backend, Policy>) {
-    return detail::select_in_bulk(backend, plan, layer, space, kept, details);
+    return detail::with_bulk_selection(backend, plan, layer, space, details, [&](auto& run) { return run.run(kept); });
   } else {
     return detail::with_selection_run(backend, plan, layer, space, details,
                                       [&](auto& run, const auto& weigh) { return run.run(weigh, kept); });
@@ -106,7 +107,8 @@ template <tensor_backend Backend, class Policy, element T, memory_space Space>
 /// A kept set that owns its memory, for callers without a workspace of their own. Movable.
 class owned_selection {
  public:
-  /// What the last successful `run` chose. Valid until the next, and as long as this object lives.
+  /// What the last `run` chose; nothing after a selection that failed. Valid until the next, and as long as this object
+  /// lives.
   [[nodiscard]] const kept_tokens& kept() const noexcept { return kept_; }
   /// The same.
   operator const_kept_tokens() const noexcept { return kept_; }  // NOLINT(google-explicit-constructor)
@@ -117,6 +119,7 @@ class owned_selection {
                            index_t layers = 1) {
     plan<Policy> made;
     RESTKV_RETURN_IF_FAILED(make_plan(backend, policy, shape_of(layer, index, layers), made));
+    kept_ = {};  // lies in memory that is written now, or left
     memory_.resize(made.workspace_bytes);
     return select(backend, made, layer, workspace(memory_.data(), memory_.size()), kept_);
   }

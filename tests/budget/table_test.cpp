@@ -118,6 +118,14 @@ TEST_CASE("head_kv: equal importance is uniform, query heads are taken together,
   column(2, 0) = 2;
   CHECK(counts_of_model(head_kv{.budget = 40, .importance = column.view(), .beta = 1}, problem) ==
         std::vector<index_t>{23, 23, 22, 22, 45, 45});
+
+  // m = 4, part = 1: 3 for each; the rest, 20, fills one head exactly, and rounding does not say whether.
+  table<float> almost(5, 4, 1e-20f);
+  almost(2, 1) = 1;
+  std::vector<index_t> filled(20, 3);
+  filled[9] = 23;
+  CHECK(counts_of_model(head_kv{.budget = 16, .importance = almost.view(), .beta = 2.3f},
+                        {.heads = 4, .length = 35, .candidates = 23, .layers = 5}) == filled);
 }
 
 TEST_CASE("head_kv: a plan for the longest sequence holds every shorter one") {

@@ -577,6 +577,9 @@ TEST_CASE("sequences of pages refuse what does not fit") {
   d.ids[1] = 3;
   check_error(restkv::release_sequence(d.pool, d.tables, 4, 0), errc::invalid_argument, {3, 0}, "references");
   CHECK(d.pool.references(0) == 1);
+  d.ids[1] = 0;  // as the first: released once, it would be free before the second
+  check_error(restkv::release_sequence(d.pool, d.tables, 4, 0), errc::invalid_argument, {0, 2, 1}, "references");
+  CHECK(d.pool.references(0) == 1);
   d.ids[1] = 1;
   CHECK(restkv::release_sequence(d.pool, d.tables, 4, 0).ok());
   CHECK(d.pool.available() == 5);

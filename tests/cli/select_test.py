@@ -350,6 +350,20 @@ class Tensors(ProgramTest):
                     self.assertAlmostEqual(a, b, delta=1e-4 * max(exact))
 
 
+    def test_importance_goes_forward(self):
+        plain = self.select(KV_HEADS, '--spatial', 'none')
+        for alike in (('following', '--kernel', 1), ('segments', '--share', 1)):
+            self.assertEqual(self.select(KV_HEADS, '--spatial', *alike)['indices'].elements, plain['indices'].elements)
+        for other in (('following', '--kernel', 4), ('segments', '--share', 0.2)):
+            eigen = self.select(KV_HEADS, '--spatial', *other)
+            reference = self.select(KV_HEADS, '--spatial', *other, '--backend', 'reference')
+            self.assertEqual(eigen['indices'].elements, reference['indices'].elements)
+            self.assertNotEqual(eigen['indices'].elements, plain['indices'].elements)
+        done = self.run_program('select', KV_HEADS, '-o', self.output, '--spatial', 'segments', '--share', 1.5)
+        self.assertEqual(done.returncode, 2)
+        self.assertIn('1.5', done.stderr)
+
+
 class Output(ProgramTest):
     def test_json(self):
         done = self.run_program('select', KV_HEADS, '-o', self.output, '--json')

@@ -3,6 +3,7 @@
 // generator that they seed.
 #pragma once
 
+#include "fuzz/byte_source.hpp"
 #include "support/layer_metric.hpp"
 
 #include <restkv/core/layer.hpp>
@@ -19,74 +20,6 @@
 
 namespace restkv_test {
 
-using restkv::tensor_view;
-
-inline void require(bool condition) {
-  if (!condition) std::abort();
-}
-
-/// Numbers read off the input; behind its end those of a fixed generator, so that short inputs make whole cases too.
-class byte_source {
- public:
-  byte_source(const std::uint8_t* data, std::size_t size) : data_(data), size_(size) {}
-
-  std::uint8_t byte() {
-    if (size_ == 0) {
-      state_ = state_ * 6364136223846793005u + 1442695040888963407u;
-      return static_cast<std::uint8_t>(state_ >> 56);
-    }
-    --size_;
-    return *data_++;
-  }
-  bool flag() { return (byte() & 1) != 0; }
-  /// True for one byte in `times`.
-  bool chance(int times) { return byte() % times == times - 1; }
-  /// In [low, high], of fewer than 65536 numbers.
-  index_t within(index_t low, index_t high) {
-    const auto range = high - low + 1;
-    const index_t drawn = range <= 256 ? byte() : byte() * 256 + byte();
-    return low + drawn % range;
-  }
-  index_t any_number() {
-    std::uint64_t number = 0;
-    for (int i = 0; i < 8; ++i) number = number << 8 | byte();
-    return static_cast<index_t>(number);
-  }
-  /// Mostly a sensible parameter in (0, 1], sometimes any float.
-  float parameter() {
-    if (chance(50)) return std::bit_cast<float>(static_cast<std::uint32_t>(any_number()));
-    return static_cast<float>(byte() + 1) / 256.0f;
-  }
-
- private:
-  const std::uint8_t* data_;
-  std::size_t size_;
-  std::uint64_t state_ = 1;
-};
-
-/// A tensor in a buffer that ends where its elements end, on both sides.
-template <class T, std::size_t Rank>
-struct exact_tensor {
-  std::vector<T> memory;
-  tensor_view<T, Rank> view;
-
-  exact_tensor() = default;
-  explicit exact_tensor(const std::array<index_t, Rank>& extents)
-      : exact_tensor(extents, tensor_view<T, Rank>(nullptr, extents).strides) {}
-  exact_tensor(const std::array<index_t, Rank>& extents, const std::array<index_t, Rank>& strides)
-      : view(nullptr, extents, strides) {
-    index_t low = 0;
-    index_t high = 0;
-    for (std::size_t axis = 0; axis < Rank; ++axis) {
-      const index_t reach = std::max<index_t>(extents[axis] - 1, 0) * strides[axis];
-      (reach < 0 ? low : high) += reach;
-    }
-    memory.resize(static_cast<std::size_t>(high - low + 1));
-    memory.shrink_to_fit();
-    view.data = memory.data() - low;
-  }
-};
-
 template <class T>
 class fuzz_layer {
  public:
@@ -97,9 +30,9 @@ class fuzz_layer {
     const index_t dim = bytes.within(1, 9);
     const index_t tokens = bytes.chance(4) ? bytes.within(0, 3) : bytes.within(4, 40);
     const index_t rows = bytes.flag() ? tokens : bytes.chance(10) ? bytes.within(0, 14) : 14;
-    query_ = tensor({batch, query_heads, rows, dim}, bytes);
-    key = tensor({batch, kv_heads, tokens, dim}, bytes);
-    value = tensor({batch, kv_heads, tokens, dim}, bytes);
+    query_ = strided_tensor<T, 4>({batch, query_heads, rows, dim}, bytes);
+    key = strided_tensor<T, 4>({batch, kv_heads, tokens, dim}, bytes);
+    value = strided_tensor<T, 4>({batch, kv_heads, tokens, dim}, bytes);
     fill(bytes);
     view_.query = query_.view;
     view_.key = chunked(key.view, key_chunks_, bytes);
@@ -131,26 +64,6 @@ class fuzz_layer {
   exact_tensor<T, 4> value;
 
  private:
-  static exact_tensor<T, 4> tensor(const std::array<index_t, 4>& extents, byte_source& bytes) {
-    if (bytes.flag()) return exact_tensor<T, 4>(extents);
-    // Axes in any order, gaps, some reversed, some repeated; or any strides at all, so that elements overlap.
-    std::array<index_t, 4> strides{};
-    std::array<std::size_t, 4> order{0, 1, 2, 3};
-    for (std::size_t i = 3; i > 0; --i) {
-      std::swap(order[i], order[static_cast<std::size_t>(bytes.within(0, static_cast<index_t>(i)))]);
-    }
-    const bool overlapping = bytes.chance(4);
-    index_t step = 1;
-    for (const std::size_t axis : order) {
-      const index_t gap = bytes.within(0, 2);
-      const bool reversed = bytes.chance(4);
-      const bool repeated = bytes.chance(12);
-      strides[axis] = overlapping ? bytes.within(-9, 9) : repeated ? 0 : (step + gap) * (reversed ? -1 : 1);
-      step = (step + gap) * std::max<index_t>(extents[axis], 1);
-    }
-    return exact_tensor<T, 4>(extents, strides);
-  }
-
   /// Numbers as they occur, and as they should not.
   void fill(byte_source& bytes) {
     std::uint64_t state = static_cast<std::uint64_t>(bytes.any_number()) | 1;
@@ -197,16 +110,39 @@ class fuzz_layer {
     view_.metric = metric_.view();
   }
 
-  /// One tensor without memory, or smaller than it says elsewhere.
+  /// One tensor without memory, smaller than it says elsewhere, or larger than any.
   void damage(byte_source& bytes) {
-    switch (bytes.within(0, 6)) {
-      case 0: view_.query.data = nullptr; break;
-      case 1: view_.query.extents[static_cast<std::size_t>(bytes.within(0, 3))] -= 1; break;
-      case 2: view_.key = {}; break;
-      case 3: view_.value = {}; break;
-      case 4: view_.metric.factor = {}; break;
-      case 5: view_.metric.gram.extents[0] -= 1; break;
-      default: view_.metric.spectrum.extents[1] -= 1; break;
+    switch (bytes.within(0, 8)) {
+      case 0:
+        view_.query.data = nullptr;
+        break;
+      case 1:
+        view_.query.extents[static_cast<std::size_t>(bytes.within(0, 3))] -= 1;
+        break;
+      case 2:
+        view_.key = {};
+        break;
+      case 3:
+        view_.value = {};
+        break;
+      case 4:
+        view_.metric.factor = {};
+        break;
+      case 5:
+        view_.metric.gram.extents[0] -= 1;
+        break;
+      case 6:
+        restkv_test::damage(view_.query, bytes);
+        break;
+      case 7: {
+        auto whole = key.view;
+        restkv_test::damage(whole, bytes);
+        view_.key = whole;
+        break;
+      }
+      default:
+        view_.metric.spectrum.extents[1] -= 1;
+        break;
     }
   }
 

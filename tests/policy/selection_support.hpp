@@ -176,8 +176,9 @@ any_policy<Score> random_policy(random_engine& random) {
     default: policy.temporal.choice = restkv::last{}; break;
   }
   const int width = static_cast<int>(2 * pick(random, 0, 4) + 1);
-  switch (pick(random, 0, 3)) {
+  switch (pick(random, 0, 4)) {
     case 0: policy.spatial.choice = restkv::no_pool{}; break;
+    case 4: policy.spatial.choice = restkv::following_pool{.width = width}; break;
     case 1: policy.spatial.choice = restkv::average_pool{.width = width}; break;
     case 2: policy.spatial.choice = restkv::max_pool{.width = width}; break;
     default:

@@ -112,6 +112,40 @@ concept tensor_backend = detail::has_floating_score_type<B> &&
                          detail::has_scratch<B> && detail::has_scratch_with_drift<B> && detail::has_token_scores<B> &&
                          detail::has_window_drift<B>;
 
+/// A backend that holds a part of a layer's heads, the rest being elsewhere:
+///
+/// * `fold_heads(running, fold)`: fold(first) folds the heads that lie here into the span `running`, `first` where they are
+///   the layer's first ones; afterwards `running` is what folding all heads of the layer in order gives.
+/// * `heads_of_layer(here)`: how many heads the layer has where `here` of them lie here.
+template <class B>
+concept head_sharing_backend =
+    tensor_backend<B> && requires(B& backend, std::span<typename B::score_type> running, void (*fold)(bool)) {
+      { backend.fold_heads(running, fold) } -> std::same_as<status>;
+      { backend.heads_of_layer(index_t{}) } -> std::same_as<index_t>;
+    };
+
+namespace detail {
+
+/// backend.fold_heads where it has that; all heads lie here otherwise.
+template <class Backend, class T, class Fold>
+[[nodiscard]] status fold_heads(Backend& backend, std::span<T> running, const Fold& fold) {
+  if constexpr (head_sharing_backend<Backend>) {
+    return backend.fold_heads(running, fold);
+  } else {
+    fold(true);
+    return {};
+  }
+}
+
+/// backend.heads_of_layer likewise.
+template <class Backend>
+[[nodiscard]] index_t heads_of_layer(const Backend& backend, index_t here) noexcept {
+  if constexpr (head_sharing_backend<Backend>) return backend.heads_of_layer(here);
+  return here;
+}
+
+}  // namespace detail
+
 /// True for requests whose scores can be bounded without the distances: what else the score needs of a value is its
 /// output's alone, and it and the temporal reduction grow with the distance.
 template <class Request>

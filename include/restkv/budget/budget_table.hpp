@@ -46,6 +46,7 @@ struct budget_table {
   /// Fails on a budget that is negative or a ratio outside [0, 1]; names its place.
   [[nodiscard]] status check() const noexcept {
     const auto& table = budgets.values;
+    if (table.data != nullptr) RESTKV_RETURN_IF_FAILED(detail::check_view("budget_table.budgets", table));
     for (index_t l = 0; table.data != nullptr && l < table.extent(0); ++l) {
       for (index_t h = 0; h < table.extent(1); ++h) {
         const budget_size& size = table(l, h);

@@ -157,7 +157,7 @@ struct head_kv {
           }
         });
         if (weights > 0) {
-          scale_ = left / weights;
+          scale_ = std::max(scale_, left / weights);  // rounding must not open a head again: that would never end
         } else {
           even_ = of_no_weight > 0 ? std::max(0.0, left) / static_cast<double>(of_no_weight) : 0.0;
           return;

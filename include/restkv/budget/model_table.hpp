@@ -4,6 +4,7 @@
 #pragma once
 
 #include <restkv/budget/budget.hpp>
+#include <restkv/core/check_view.hpp>
 
 namespace restkv {
 
@@ -40,6 +41,7 @@ struct model_table {
   [[nodiscard]] status check(const char* owner, const budget_problem& problem) const noexcept {
     const auto ll = [](index_t n) { return static_cast<long long>(n); };
     if (values.data == nullptr) return status::error(errc::missing_input, "%s is missing", owner);
+    RESTKV_RETURN_IF_FAILED(detail::check_view(owner, values));
     if (values.extent(0) != problem.layers) {
       return status::error(errc::shape_mismatch, "%s has %lld layers, the model has %lld", owner, ll(values.extent(0)),
                            ll(problem.layers));

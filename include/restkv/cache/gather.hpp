@@ -5,6 +5,7 @@
 
 #include <restkv/cache/layout.hpp>
 #include <restkv/cache/overlap.hpp>
+#include <restkv/core/check_view.hpp>
 #include <restkv/core/status.hpp>
 #include <restkv/core/tensor_view.hpp>
 #include <restkv/selection/kept_tokens.hpp>
@@ -47,21 +48,6 @@ namespace detail {
 /// What kept tokens can be copied of: anything whose bytes are its value (quantised codes, scales, positions).
 template <class T>
 concept copyable_bytes = std::is_trivially_copyable_v<T> && !std::is_const_v<T>;
-
-template <class T, std::size_t Rank, memory_space Space>
-[[nodiscard]] status check_view(const char* name, const tensor_view<T, Rank, Space>& view) noexcept {
-  for (std::size_t axis = 0; axis < Rank; ++axis) {
-    if (view.extents[axis] < 0) {
-      return status::error(errc::shape_mismatch, "%s has extent %lld on axis %zu of %zu", name,
-                           static_cast<long long>(view.extents[axis]), axis, Rank);
-    }
-  }
-  if (view.data == nullptr && view.size() > 0) {
-    return status::error(errc::missing_input, "%s has a null pointer and %lld elements", name,
-                         static_cast<long long>(view.size()));
-  }
-  return {};
-}
 
 [[nodiscard]] inline status check_equal(const char* name, const char* axis, index_t has, const char* other,
                                         index_t want) noexcept {

@@ -3,6 +3,7 @@
 /// Where a head's tokens lie after compaction: the `cache_layout` concept and its two simple models.
 #pragma once
 
+#include <restkv/core/check_view.hpp>
 #include <restkv/core/status.hpp>
 #include <restkv/core/tensor_view.hpp>
 
@@ -56,7 +57,7 @@ namespace detail {
 
 /// That there is an offset for each head of a batch, and one behind the last.
 [[nodiscard]] inline status check_ragged_entries(index_t entries, index_t sequences, index_t heads) noexcept {
-  const index_t needed = sequences * heads + 1;
+  const index_t needed = saturated_sum(saturated_product(sequences, heads), 1);
   if (entries == needed) return {};
   return status::error(errc::shape_mismatch, "ragged offsets have %lld entries, %lld sequences of %lld heads need %lld",
                        static_cast<long long>(entries), static_cast<long long>(sequences),
@@ -114,9 +115,10 @@ struct ragged_layout {
   ///@}
   /// Offsets must have batch * heads + 1 entries, ascend from 0 and end within the buffer.
   [[nodiscard]] status check() const noexcept {
-    const index_t entries = sequences * heads_per_sequence + 1;
+    const index_t entries = offsets.extent(0);
     const auto ll = [](index_t n) { return static_cast<long long>(n); };
-    RESTKV_RETURN_IF_FAILED(detail::check_ragged_entries(offsets.extent(0), sequences, heads_per_sequence));
+    RESTKV_RETURN_IF_FAILED(detail::check_view("offsets", offsets));
+    RESTKV_RETURN_IF_FAILED(detail::check_ragged_entries(entries, sequences, heads_per_sequence));
     for (index_t i = 0; i + 1 < entries; ++i) {
       if (offsets(i) < 0 || offsets(i + 1) < offsets(i)) {
         return status::error(errc::invalid_argument, "ragged offset %lld is %lld and the next is %lld: they must ascend",

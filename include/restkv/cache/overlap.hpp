@@ -26,6 +26,12 @@ struct paired_axis {
 
 [[nodiscard]] constexpr index_t magnitude(index_t n) noexcept { return n < 0 ? -n : n; }
 
+/// Bytes from one index of an axis to the next, whichever way; 0 for an axis with one index.
+template <class T, std::size_t Rank, memory_space Space>
+[[nodiscard]] constexpr index_t step_of(const tensor_view<T, Rank, Space>& view, std::size_t axis) noexcept {
+  return view.extents[axis] == 1 ? 0 : magnitude(view.strides[axis]) * static_cast<index_t>(sizeof(T));
+}
+
 /// Sorts axes by step, the widest first; true when every step passes all that the narrower axes reach together, as in
 /// every slice or transposition of a dense tensor. Distinct indices then have distinct addresses.
 template <std::size_t Count>
@@ -64,13 +70,15 @@ template <std::size_t Count>
 }  // namespace detail
 
 /// True when two indices of a view may name the same memory, as a stride of 0 makes them. Exact for slices and
-/// transpositions of dense tensors; a view whose axes do not nest counts as overlapping.
+/// transpositions of dense tensors; a view whose axes do not nest counts as overlapping, and so does one that no memory
+/// can hold.
 template <class T, std::size_t Rank, memory_space Space>
-[[nodiscard]] constexpr bool may_overlap_itself(const tensor_view<T, Rank, Space>& view) noexcept {
+[[nodiscard]] bool may_overlap_itself(const tensor_view<T, Rank, Space>& view) noexcept {
   if (view.empty()) return false;
+  if (detail::byte_span span; !detail::find_byte_span(view, span)) return true;
   std::array<detail::paired_axis, Rank> axes{};
   for (std::size_t axis = 0; axis < Rank; ++axis) {
-    axes[axis] = {detail::magnitude(view.strides[axis]), view.extents[axis] - 1, view.extents[axis] - 1};
+    axes[axis] = {detail::step_of(view, axis), view.extents[axis] - 1, view.extents[axis] - 1};
   }
   return !detail::nest(axes);
 }
@@ -83,10 +91,12 @@ template <class T, class U, std::size_t Rank, memory_space Space>
   const byte_range a = touched_bytes(first);
   const byte_range b = touched_bytes(second);
   if (!a.overlaps(b)) return false;
+  if (detail::byte_span span; !detail::find_byte_span(first, span) || !detail::find_byte_span(second, span))
+    return true;
   std::array<detail::paired_axis, Rank + 1> axes{};
   for (std::size_t axis = 0; axis < Rank; ++axis) {
-    const index_t step_first = detail::magnitude(first.strides[axis]) * static_cast<index_t>(sizeof(T));
-    const index_t step_second = detail::magnitude(second.strides[axis]) * static_cast<index_t>(sizeof(U));
+    const index_t step_first = detail::step_of(first, axis);
+    const index_t step_second = detail::step_of(second, axis);
     if (step_first != step_second && first.extents[axis] != 1 && second.extents[axis] != 1) return true;
     axes[axis] = {first.extents[axis] != 1 ? step_first : step_second, first.extents[axis] - 1,
                   second.extents[axis] - 1};

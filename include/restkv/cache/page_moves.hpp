@@ -119,7 +119,7 @@ struct table_moves {
 [[nodiscard]] inline status check_kept_of_tables(const const_kept_tokens& kept, const const_page_tables& tables,
                                                  index_t heads_per_page) noexcept {
   const auto ll = [](index_t n) { return static_cast<long long>(n); };
-  const index_t heads = tables.tables() * heads_per_page;
+  const index_t heads = saturated_product(tables.tables(), heads_per_page);
   RESTKV_RETURN_IF_FAILED(check_kept_memory(kept));
   index_t longest = 0;
   for (index_t b = 0; b < tables.batch(); ++b) {

@@ -10,18 +10,20 @@
 #include <restkv/cache/layout.hpp>
 #include <restkv/cache/overlap.hpp>
 #include <restkv/cache/page_pool.hpp>
+#include <restkv/core/check_view.hpp>
 #include <restkv/core/status.hpp>
 #include <restkv/core/tensor_view.hpp>
 
 #include <algorithm>
 #include <bitset>
+#include <limits>
 #include <type_traits>
 
 namespace restkv {
 
 /// Pages that hold `tokens` tokens: tokens / page_size, rounded up.
 [[nodiscard]] constexpr index_t pages_of(index_t tokens, index_t page_size) noexcept {
-  return (tokens + page_size - 1) / page_size;
+  return tokens / page_size + (tokens % page_size != 0 ? 1 : 0);
 }
 
 /// Which pages hold the tokens of a batch: token n of table t of sequence b lies in page ids(b, t, n / page_size), at
@@ -74,16 +76,8 @@ template <class Integer, memory_space Space>
     return status::error(errc::shape_mismatch, "tables.ids is [%lld, %lld, ...], tables.lengths is [%lld, %lld]",
                          ll(ids.extent(0)), ll(ids.extent(1)), ll(lengths.extent(0)), ll(lengths.extent(1)));
   }
-  if (tables.batch() < 0 || tables.tables() < 0 || tables.most_pages() < 0) {
-    return status::error(errc::shape_mismatch, "tables.ids is [%lld, %lld, %lld]: extents must not be negative",
-                         ll(ids.extent(0)), ll(ids.extent(1)), ll(ids.extent(2)));
-  }
-  if ((lengths.data == nullptr && lengths.size() > 0) || (ids.data == nullptr && ids.size() > 0)) {
-    return status::error(errc::missing_input, "%s has a null pointer and %lld entries",
-                         lengths.data == nullptr ? "tables.lengths" : "tables.ids",
-                         ll(lengths.data == nullptr ? lengths.size() : ids.size()));
-  }
-  return {};
+  RESTKV_RETURN_IF_FAILED(detail::check_view("tables.lengths", lengths));
+  return detail::check_view("tables.ids", ids);
 }
 
 /// Checks that tables fit a pool: shapes, lengths that the entries suffice for, and pages within [0, pages).
@@ -99,7 +93,7 @@ template <class Integer, memory_space Space>
         return status::error(errc::invalid_argument,
                              "table %lld of sequence %lld has %lld tokens, its %lld pages of %lld hold at most %lld",
                              ll(t), ll(b), ll(length), ll(tables.most_pages()), ll(page_size),
-                             ll(tables.most_pages() * page_size));
+                             ll(detail::saturated_product(tables.most_pages(), page_size)));
       }
       for (index_t i = 0; i < pages_of(length, page_size); ++i) {
         if (ids(b, t, i) >= 0 && ids(b, t, i) < pages) continue;
@@ -133,6 +127,7 @@ constexpr bool visit_pages(const const_page_tables& tables, index_t page_size, c
                                         index_t page_size, index_t pages) noexcept {
   constexpr index_t span = 32768;
   page_t common = no_page;
+  pages = std::min<index_t>(pages, std::numeric_limits<page_t>::max());
   for (index_t begin = 0; begin < pages && common == no_page; begin += span) {
     std::bitset<static_cast<std::size_t>(span)> seen;
     const auto place = [&](page_t page) { return static_cast<std::size_t>(page - begin); };
@@ -184,7 +179,9 @@ struct paged_layout {
   ///@{
   /// See `cache_layout`.
   [[nodiscard]] constexpr index_t batch() const noexcept { return tables.batch(); }
-  [[nodiscard]] constexpr index_t heads() const noexcept { return tables.tables() * pages.extent(1); }
+  [[nodiscard]] constexpr index_t heads() const noexcept {
+    return detail::saturated_product(tables.tables(), pages.extent(1));
+  }
   [[nodiscard]] constexpr index_t head_dim() const noexcept { return pages.extent(3); }
   [[nodiscard]] constexpr index_t capacity(index_t b, index_t h) const noexcept
     requires(Space == memory_space::host)
@@ -203,14 +200,7 @@ struct paged_layout {
   /// The part of `check` that looks at no entry of a table.
   [[nodiscard]] status check_shapes() const noexcept {
     const auto ll = [](index_t n) { return static_cast<long long>(n); };
-    for (std::size_t axis = 0; axis < 4; ++axis) {
-      if (pages.extent(axis) >= 0) continue;
-      return status::error(errc::shape_mismatch, "pages has extent %lld on axis %zu of 4", ll(pages.extent(axis)),
-                           axis);
-    }
-    if (pages.data == nullptr && pages.size() > 0) {
-      return status::error(errc::missing_input, "pages has a null pointer and %lld elements", ll(pages.size()));
-    }
+    RESTKV_RETURN_IF_FAILED(detail::check_view("pages", pages));
     RESTKV_RETURN_IF_FAILED(check_table_shapes(tables, page_size()));
     if constexpr (!std::is_const_v<T>) {
       if (may_overlap_itself(pages)) {

@@ -10,7 +10,9 @@ namespace restkv {
 
 namespace detail {
 
-[[nodiscard]] inline status check_sequence(const const_page_tables& tables, index_t sequence) noexcept {
+[[nodiscard]] inline status check_sequence(const const_page_tables& tables, index_t page_size,
+                                           index_t sequence) noexcept {
+  RESTKV_RETURN_IF_FAILED(check_table_shapes(tables, page_size));
   if (sequence >= 0 && sequence < tables.batch()) return {};
   return status::error(errc::invalid_argument, "sequence %lld: the tables are of %lld sequences",
                        static_cast<long long>(sequence), static_cast<long long>(tables.batch()));
@@ -51,7 +53,7 @@ template <page_allocator Allocator, class First, class... Rest>
   const auto ll = [](index_t n) { return static_cast<long long>(n); };
   const auto in_pool = static_cast<index_t>(allocator.pages());
   const index_t page_size = pages.extent(2);
-  RESTKV_RETURN_IF_FAILED(detail::check_sequence(tables, sequence));
+  RESTKV_RETURN_IF_FAILED(detail::check_sequence(tables, page_size, sequence));
   const page_tables mine = tables.sequence(sequence);
   RESTKV_RETURN_IF_FAILED(check_tables(mine, in_pool, page_size));
   status outcome = detail::check_pool_tensor(pages, in_pool, page_size);
@@ -117,8 +119,8 @@ template <page_allocator Allocator>
 [[nodiscard]] status fork_sequence(Allocator& allocator, const page_tables& tables, index_t page_size, index_t from,
                                    index_t to) noexcept {
   RESTKV_RETURN_IF_FAILED(check_tables(tables, static_cast<index_t>(allocator.pages()), page_size));
-  RESTKV_RETURN_IF_FAILED(detail::check_sequence(tables, from));
-  RESTKV_RETURN_IF_FAILED(detail::check_sequence(tables, to));
+  RESTKV_RETURN_IF_FAILED(detail::check_sequence(tables, page_size, from));
+  RESTKV_RETURN_IF_FAILED(detail::check_sequence(tables, page_size, to));
   for (index_t t = 0; t < tables.tables(); ++t) {
     if (from != to && tables.lengths(to, t) == 0) continue;
     return status::error(errc::invalid_argument, "sequence %lld cannot become a copy of %lld: it has %lld tokens",
@@ -155,14 +157,28 @@ template <page_allocator Allocator>
 template <page_allocator Allocator>
 [[nodiscard]] status release_sequence(Allocator& allocator, const page_tables& tables, index_t page_size,
                                       index_t sequence) noexcept {
-  RESTKV_RETURN_IF_FAILED(detail::check_sequence(tables, sequence));
+  RESTKV_RETURN_IF_FAILED(detail::check_sequence(tables, page_size, sequence));
   const page_tables mine = tables.sequence(sequence);
   RESTKV_RETURN_IF_FAILED(check_tables(mine, static_cast<index_t>(allocator.pages()), page_size));
   status outcome;
+  const bool repeats =
+      detail::common_page(mine, nullptr, page_size, static_cast<index_t>(allocator.pages())) != no_page;
   detail::visit_pages(mine, page_size, [&](index_t, index_t t, index_t i, page_t page) {
-    if (static_cast<index_t>(allocator.references(page)) >= 1) return true;
-    outcome = status::error(errc::invalid_argument, "entry %lld of table %lld is page %lld, which has 0 references",
-                            static_cast<long long>(i), static_cast<long long>(t), static_cast<long long>(page));
+    index_t entries = 1;  // that hold this page
+    if (repeats) {
+      entries = 0;
+      detail::visit_pages(mine, page_size, [&](index_t, index_t, index_t, page_t other) {
+        entries += other == page ? 1 : 0;
+        return true;
+      });
+    }
+    const auto references = static_cast<index_t>(allocator.references(page));
+    if (references >= entries) return true;
+    outcome = status::error(errc::invalid_argument,
+                            "entry %lld of table %lld is page %lld, which is in the tables %lld times and has %lld "
+                            "references",
+                            static_cast<long long>(i), static_cast<long long>(t), static_cast<long long>(page),
+                            static_cast<long long>(entries), static_cast<long long>(references));
     return false;
   });
   RESTKV_RETURN_IF_FAILED(outcome);

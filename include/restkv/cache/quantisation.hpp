@@ -10,6 +10,10 @@
 /// - an offset, in units of values (asymmetric): s = (max - min) / (highest - lowest), and min has the lowest code, as
 ///   in KIVI (Liu et al., arXiv 2402.02750).
 ///
+/// Codes of 8 bits may be numbers of their own, `e4m3`, as engines store keys and values with a scale for the tensor or
+/// for each token: value = s * e4m3(code). They are read, scored, copied and compacted as they are; `quantise` makes
+/// none.
+///
 /// Codes are rounded to nearest, ties to even, and saturate. With the parameters rounded to their type, a number x of
 /// the group's range and its value differ by at most s / 2 + (highest - lowest) * (rounding of s) + (rounding of o).
 ///
@@ -22,7 +26,9 @@
 #include <restkv/core/status.hpp>
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
+#include <concepts>
 #include <cstdint>
 #include <limits>
 
@@ -34,16 +40,32 @@ enum class cache_axis {
   tokens,    ///< codes of one byte belong to neighbouring tokens of a channel
 };
 
+/// The number of an 8-bit float of 4 exponent bits and 3 of fraction (OCP's E4M3, "fn"): up to 448, no infinities; 0x7f
+/// and 0xff are NaN. Exact.
+[[nodiscard]] RESTKV_HD constexpr float e4m3_to_float(std::uint8_t code) noexcept {
+  const std::uint32_t magnitude = code & 0x7fu;
+  const std::uint32_t sign = std::uint32_t(code & 0x80u) << 24;
+  if (magnitude == 0x7fu) return std::bit_cast<float>(sign | 0x7fc00000u);
+  if (magnitude < 8u) {  // a multiple of 2^-9
+    const float number = static_cast<float>(magnitude) * 0x1p-9f;
+    return sign != 0 ? -number : number;
+  }
+  return std::bit_cast<float>(sign | ((magnitude << 20) + 0x3c000000u));
+}
+
 /// How codes lie in bytes: 8 / bits of them in each, the first in the lowest bits.
 struct code_format {
   int bits = 8;                              ///< 2, 4 or 8
   bool is_signed = true;                     ///< two's complement; else from 0
   cache_axis packed = cache_axis::channels;  ///< which neighbours share a byte
+  bool e4m3 = false;                         ///< 8 bits that are a float, see `e4m3_to_float`
 
   /// Codes of a byte.
   [[nodiscard]] constexpr index_t per_byte() const noexcept { return 8 / bits; }
   /// Bytes for so many neighbouring codes.
-  [[nodiscard]] constexpr index_t bytes(index_t codes) const noexcept { return (codes + per_byte() - 1) / per_byte(); }
+  [[nodiscard]] constexpr index_t bytes(index_t codes) const noexcept {
+    return codes / per_byte() + (codes % per_byte() != 0 ? 1 : 0);
+  }
   /// The smallest code.
   [[nodiscard]] constexpr int lowest() const noexcept { return is_signed ? -(1 << (bits - 1)) : 0; }
   /// The largest code.
@@ -53,13 +75,19 @@ struct code_format {
     const int code = (byte >> (place * bits)) & ((1 << bits) - 1);
     return is_signed && code > highest() ? code - (1 << bits) : code;
   }
+  /// The number that code number `place` of a byte stands for before scale and zero point.
+  template <std::floating_point Real>
+  [[nodiscard]] RESTKV_HD constexpr Real number(std::uint8_t byte, index_t place) const noexcept {
+    return e4m3 ? static_cast<Real>(e4m3_to_float(byte)) : static_cast<Real>(read(byte, place));
+  }
   /// The byte with code number `place` replaced.
   [[nodiscard]] constexpr std::uint8_t write(std::uint8_t byte, index_t place, int code) const noexcept {
     const int mask = ((1 << bits) - 1) << (place * bits);
     return static_cast<std::uint8_t>((byte & ~mask) | ((code << (place * bits)) & mask));
   }
-  /// Fails on a number of bits other than 2, 4 and 8.
+  /// Fails on a number of bits other than 2, 4 and 8, and other than 8 for e4m3.
   [[nodiscard]] status check() const noexcept {
+    if (e4m3 && bits != 8) return status::error(errc::invalid_argument, "e4m3 codes have %d bits, must have 8", bits);
     if (bits == 2 || bits == 4 || bits == 8) return {};
     return status::error(errc::invalid_argument, "codes have %d bits, must have 2, 4 or 8", bits);
   }

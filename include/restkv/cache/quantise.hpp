@@ -39,6 +39,13 @@ template <class T, class U, memory_space Space>
   return !nest(axes) || reachable(axes, 0, static_cast<index_t>(b.first - a.first));
 }
 
+/// Codes that numbers can be rounded to.
+[[nodiscard]] inline status check_integer_codes(const char* name, const code_format& format) noexcept {
+  if (!format.e4m3) return {};
+  return status::error(errc::unsupported, "%s has codes of %d bits that are floats: they are copied, and never made",
+                       name, format.bits);
+}
+
 /// A quantised cache to be written: consistent, none of its parts the memory of another or of itself. A scale may lie
 /// behind the codes of its token, in one row of bytes.
 template <element Scale, memory_space Space>
@@ -94,13 +101,13 @@ template <int Bits, element Scale, std::floating_point Real>
 void read_codes(const quantised_view<const Scale>& in, index_t b, index_t h, index_t n, index_t from, index_t count,
                 Real* codes) noexcept {
   constexpr index_t per_byte = 8 / Bits;
-  const code_format format{Bits, in.format.is_signed, in.format.packed};
+  const code_format format{Bits, in.format.is_signed, in.format.packed, in.format.e4m3};
   const bool along_channels = in.format.packed == cache_axis::channels;
   const auto row = in.codes[b][h][along_channels ? n : n / per_byte];
   for (index_t i = 0; i < count; ++i) {
     const index_t c = from + i;
     const std::uint8_t byte = row(along_channels ? c / per_byte : c);
-    codes[i] = static_cast<Real>(format.read(byte, (along_channels ? c : n) % per_byte));
+    codes[i] = format.template number<Real>(byte, (along_channels ? c : n) % per_byte);
   }
 }
 
@@ -152,14 +159,15 @@ void dequantise_head(const quantised_view<const Scale>& in, index_t b, index_t h
 /// in: [batch, heads, tokens, channels], any strides; out: a cache of the same sizes. For one whose sequences do not
 /// fill the token axis, slice both.
 ///
-/// Fails, before anything is written: other sizes, an inconsistent cache, one of unsigned codes with neither zero
-/// points nor offsets, and memory that overlaps. Cost: two reads of the tensor, one write of the codes.
+/// Fails, before anything is written: other sizes, an inconsistent cache, one of e4m3 codes, one of unsigned codes with
+/// neither zero points nor offsets, and memory that overlaps. Cost: two reads of the tensor, one write of the codes.
 template <element T, element Scale, parallel_loop ParallelFor = serial_for>
   requires(!std::is_const_v<Scale>)
 [[nodiscard]] status quantise(const tensor_view<T, 4>& in, const quantised_view<Scale>& out,
                               const ParallelFor& parallel_for = {}) {
   RESTKV_RETURN_IF_FAILED(detail::check_view("in", in));
   RESTKV_RETURN_IF_FAILED(detail::check_quantised_output(out));
+  RESTKV_RETURN_IF_FAILED(detail::check_integer_codes("out", out.format));
   RESTKV_RETURN_IF_FAILED(detail::check_equal("in", "sequences", in.extent(0), "out", out.batch()));
   RESTKV_RETURN_IF_FAILED(detail::check_equal("in", "heads", in.extent(1), "out", out.heads()));
   RESTKV_RETURN_IF_FAILED(detail::check_equal("in", "tokens", in.extent(2), "out", out.tokens));

@@ -78,12 +78,15 @@ template <class Position, element Scale, memory_space Space>
   RESTKV_RETURN_IF_FAILED(check_equal("out", "tokens per group", out.tokens_per_group, "source", in.tokens_per_group));
   RESTKV_RETURN_IF_FAILED(
       check_equal("out", "channels per group", out.channels_per_group, "source", in.channels_per_group));
-  if (out.format.bits != in.format.bits || out.format.is_signed != in.format.is_signed || out.kind() != in.kind()) {
+  if (out.format.bits != in.format.bits || out.format.is_signed != in.format.is_signed ||
+      out.format.e4m3 != in.format.e4m3 || out.kind() != in.kind()) {
     return status::error(errc::shape_mismatch,
                          "out has codes of %d bits from %d and parameters of kind %d, source of %d from %d and kind %d",
                          out.format.bits, out.format.lowest(), static_cast<int>(out.kind()), in.format.bits,
                          in.format.lowest(), static_cast<int>(in.kind()));
   }
+  if (in.tokens_per_group > 1)
+    RESTKV_RETURN_IF_FAILED(check_integer_codes("a cache with groups along tokens", in.format));
   const auto apart = [&](const char* name, const byte_range& bytes) {
     return check_quantised_apart("out", out, name, bytes);
   };
@@ -100,6 +103,9 @@ template <class Position, element Scale, memory_space Space>
 [[nodiscard]] status check_quantised_in_place(const basic_kept_tokens<Position, Space>& kept,
                                               const quantised_view<Scale, Space>& cache) noexcept {
   RESTKV_RETURN_IF_FAILED(check_quantised_output(cache));
+  if (cache.tokens_per_group > 1) {
+    RESTKV_RETURN_IF_FAILED(check_integer_codes("a cache with groups along tokens", cache.format));
+  }
   RESTKV_RETURN_IF_FAILED(check_kept_memory(kept));
   RESTKV_RETURN_IF_FAILED(check_kept_shape(kept, cache.batch(), cache.heads()));
   RESTKV_RETURN_IF_FAILED(check_one_set(kept.heads(), "the cache", cache.heads()));

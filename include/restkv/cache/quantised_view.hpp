@@ -19,6 +19,7 @@ namespace restkv {
 /// |---|---|---|---|
 /// | int8, a scale for each token and head | 8 | 1 | channels |
 /// | 4 bits, groups along channels | 4 | 1 | 32, say |
+/// | fp8 (`e4m3`), a scale for the tensor | 8 | tokens, or 1 with strides of 0 | channels |
 /// | KIVI's keys (arXiv 2402.02750): for each channel, groups along tokens | 2 or 4 | 32, say | 1 |
 ///
 /// Scale: float, half, bfloat16 or double, const for a cache that is only read. A missing `zero` or `offset` is 0; a
@@ -94,7 +95,11 @@ struct quantised_view {
   /// The number of channel c of token n: scale * (code - zero) + offset.
   template <std::floating_point Real = float>
   [[nodiscard]] constexpr Real value(index_t b, index_t h, index_t n, index_t c) const noexcept {
-    return group(b, h, n / tokens_per_group, c / channels_per_group).template value<Real>(code(b, h, n, c));
+    const index_t count = format.per_byte();
+    const bool along_channels = format.packed == cache_axis::channels;
+    const std::uint8_t byte = along_channels ? codes(b, h, n, c / count) : codes(b, h, n / count, c);
+    return group(b, h, n / tokens_per_group, c / channels_per_group)
+        .value_at(format.number<Real>(byte, (along_channels ? c : n) % count));
   }
 
   /// Fails on codes or parameters of another shape than tokens, channels and groups say, on null pointers, on codes of

@@ -3,6 +3,7 @@
 /// What one attention layer hands over: `layer_view`, its `problem_shape`, and where each sequence lies in the batch.
 #pragma once
 
+#include <restkv/core/check_view.hpp>
 #include <restkv/core/dtype.hpp>
 #include <restkv/core/status.hpp>
 #include <restkv/core/tensor_view.hpp>
@@ -65,9 +66,13 @@ struct problem_shape {
   index_t tokens = 0;       ///< longest sequence (token axis)
   index_t layer = 0;        ///< index of this layer, for budgets that depend on depth
   index_t layers = 1;       ///< number of layers of the model
+  /// Index in the layer of the first KV head, where the others lie elsewhere: random scores and noise depend on it.
+  index_t first_kv_head = 0;
 
   /// Query heads per KV head.
   [[nodiscard]] constexpr index_t group() const noexcept { return kv_heads == 0 ? 0 : query_heads / kv_heads; }
+  /// Index in the layer of the first query head.
+  [[nodiscard]] constexpr index_t first_query_head() const noexcept { return first_kv_head * group(); }
 };
 
 /// The shape of a layer as it stands.
@@ -139,12 +144,17 @@ template <element T, memory_space Space>
                        static_cast<long long>(query_heads), static_cast<long long>(kv_heads));
 }
 
-/// Checks that W_O is as wide as the query heads.
-[[nodiscard]] inline status check_projection_width(index_t columns, index_t query_heads, index_t head_dim) noexcept {
-  if (columns == query_heads * head_dim) return {};
+/// Checks that W_O is the view of a tensor, as wide as the query heads.
+template <element T, memory_space Space>
+[[nodiscard]] status check_projection_width(const tensor_view<const T, 2, Space>& projection, index_t query_heads,
+                                            index_t head_dim) noexcept {
+  RESTKV_RETURN_IF_FAILED(detail::check_view("W_O", projection));
+  const index_t columns = projection.extent(1);
+  const index_t needed = detail::saturated_product(query_heads, head_dim);
+  if (columns == needed) return {};
   return status::error(errc::shape_mismatch, "W_O has %lld columns, %lld heads of %lld channels need %lld",
                        static_cast<long long>(columns), static_cast<long long>(query_heads),
-                       static_cast<long long>(head_dim), static_cast<long long>(query_heads * head_dim));
+                       static_cast<long long>(head_dim), static_cast<long long>(needed));
 }
 
 /// Checks that the tensors of a layer fit each other and the shape; names the first that does not, with both numbers.
@@ -162,11 +172,10 @@ template <element T, memory_space Space>
       if (part.extent(0) != shape.batch) return mismatch(name, "sequences", part.extent(0), shape.batch);
       if (part.extent(1) != shape.kv_heads) return mismatch(name, "heads", part.extent(1), shape.kv_heads);
       if (part.extent(3) != shape.head_dim) return mismatch(name, "channels", part.extent(3), shape.head_dim);
-      if (part.extent(2) < 0) return mismatch(name, "tokens", part.extent(2), shape.tokens);
-      if (part.size() > 0 && part.data == nullptr) {
-        return status::error(errc::missing_input, "%s has a null pointer and %lld elements", name,
-                             static_cast<long long>(part.size()));
+      if (part.extent(2) < 0 || part.extent(2) > shape.tokens) {
+        return mismatch(name, "tokens", part.extent(2), shape.tokens);
       }
+      RESTKV_RETURN_IF_FAILED(detail::check_view(name, part));
     }
     return {};
   };
@@ -181,6 +190,7 @@ template <element T, memory_space Space>
     }
   }
   if (layer.lengths.data != nullptr) {
+    RESTKV_RETURN_IF_FAILED(detail::check_view("lengths", layer.lengths));
     if (layer.lengths.extent(0) != shape.batch) {
       return mismatch("lengths", "entries", layer.lengths.extent(0), shape.batch);
     }
@@ -193,6 +203,7 @@ template <element T, memory_space Space>
     }
   }
   if (layer.head_lengths.data != nullptr) {
+    RESTKV_RETURN_IF_FAILED(detail::check_view("head_lengths", layer.head_lengths));
     if (layer.head_lengths.extent(0) != shape.batch) {
       return mismatch("head_lengths", "sequences", layer.head_lengths.extent(0), shape.batch);
     }
@@ -209,10 +220,7 @@ template <element T, memory_space Space>
     }
   }
   if (needs_query) {
-    if (layer.query.data == nullptr && layer.query.size() > 0) {
-      return status::error(errc::missing_input, "query has a null pointer and %lld elements",
-                           static_cast<long long>(layer.query.size()));
-    }
+    RESTKV_RETURN_IF_FAILED(detail::check_view("query", layer.query));
     if (layer.query.extent(0) != shape.batch) return mismatch("query", "sequences", layer.query.extent(0), shape.batch);
     if (layer.query.extent(1) != shape.query_heads) {
       return mismatch("query", "heads", layer.query.extent(1), shape.query_heads);
@@ -244,7 +252,7 @@ template <element T, memory_space Space>
       for (std::size_t axis = 1; axis < part.rank; ++axis) {
         if (part.extent(axis) != shape.head_dim) return mismatch(name, "channels", part.extent(axis), shape.head_dim);
       }
-      return {};
+      return detail::check_view(name, part);
     };
     RESTKV_RETURN_IF_FAILED(check_part("metric.gram", layer.metric.gram));
     RESTKV_RETURN_IF_FAILED(check_part("metric.factor", layer.metric.factor));
@@ -261,6 +269,7 @@ template <element T, memory_space Space>
                          static_cast<long long>(layer.keep_mask.extent(1)), static_cast<long long>(shape.batch),
                          static_cast<long long>(tokens));
   }
+  if (layer.keep_mask.data != nullptr) RESTKV_RETURN_IF_FAILED(detail::check_view("keep_mask", layer.keep_mask));
   return {};
 }
 
@@ -270,7 +279,7 @@ template <element T, memory_space Space>
   if (layer.projection.data == nullptr) {
     return status::error(errc::missing_input, "the score measures W_O v in the hidden channels: set layer.projection");
   }
-  return check_projection_width(layer.projection.extent(1), shape.query_heads, shape.head_dim);
+  return check_projection_width(layer.projection, shape.query_heads, shape.head_dim);
 }
 
 }  // namespace restkv

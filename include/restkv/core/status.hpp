@@ -24,6 +24,7 @@ enum class errc {
   out_of_memory,        ///< the backend's memory ran out
   device_failure,       ///< the device refused a launch or a copy; the text holds its error
   bad_file,             ///< a file is truncated, inconsistent or not of the expected format
+  communication_failure,  ///< another rank, or the way to it, failed; see distributed/communicator.hpp
 };
 
 /// The outcome of a call. Copyable, never allocates; `message()` is a complete sentence fragment such as

@@ -4,10 +4,12 @@
 #pragma once
 
 #include <restkv/core/config.hpp>
+#include <restkv/core/saturation.hpp>
 
 #include <array>
 #include <cassert>
 #include <concepts>
+#include <cstdint>
 #include <type_traits>
 
 namespace restkv {
@@ -37,7 +39,7 @@ struct tensor_view {
     index_t stride = 1;
     for (std::size_t axis = Rank; axis-- > 0;) {
       strides[axis] = stride;
-      stride *= sizes[axis];
+      stride = detail::saturated_product(stride, sizes[axis]);
     }
   }
 
@@ -57,11 +59,15 @@ struct tensor_view {
   /// Elements from one index of an axis to the next.
   [[nodiscard]] RESTKV_HD constexpr index_t stride(std::size_t axis) const noexcept { return strides[axis]; }
 
-  /// Number of elements; 0 when any extent is 0.
+  /// Number of elements; 0 when any extent is 0 or below, 2^63 - 1 where there would be more: see `check_view`.
   [[nodiscard]] RESTKV_HD constexpr index_t size() const noexcept {
     index_t n = 1;
-    for (std::size_t axis = 0; axis < Rank; ++axis) n *= extents[axis];
-    return n;
+    bool some = true;
+    for (std::size_t axis = 0; axis < Rank; ++axis) {
+      some = some && extents[axis] > 0;
+      n = detail::saturated_product(n, extents[axis]);
+    }
+    return some ? n : 0;
   }
   /// True without elements or without memory.
   [[nodiscard]] RESTKV_HD constexpr bool empty() const noexcept { return data == nullptr || size() == 0; }
@@ -120,11 +126,47 @@ struct tensor_view {
     index_t expected = 1;
     for (std::size_t axis = Rank; axis-- > 0;) {
       if (extents[axis] != 1 && strides[axis] != expected) return false;
-      expected *= extents[axis];
+      expected = detail::saturated_product(expected, extents[axis]);
     }
     return true;
   }
 };
+
+namespace detail {
+
+/// More bytes than a view can have: no machine addresses so many, and sums of a few such distances fit 63 bits.
+inline constexpr index_t most_view_bytes = index_t(1) << 60;
+
+/// Distances from a view's `data` to its first element in memory and to behind its last, in bytes.
+struct byte_span {
+  index_t low = 0;   ///< 0 or below
+  index_t high = 0;  ///< above 0
+};
+
+/// The span of a view that is not empty. False where the elements' bytes, or the memory they lie in, pass
+/// `most_view_bytes` or the end of the addresses.
+template <class T, std::size_t Rank, memory_space Space>
+[[nodiscard]] bool find_byte_span(const tensor_view<T, Rank, Space>& view, byte_span& out) noexcept {
+  constexpr index_t size = sizeof(T);
+  constexpr index_t most = most_view_bytes / size;  // elements
+  index_t below = 0;
+  index_t above = 0;
+  for (std::size_t axis = 0; axis < Rank; ++axis) {
+    const index_t stride = view.strides[axis];
+    if (view.extents[axis] == 1) continue;  // its stride leads nowhere
+    if (stride < -most || stride > most) return false;
+    index_t& way = stride < 0 ? below : above;
+    way = saturated_sum(way, saturated_product(view.extents[axis] - 1, stride < 0 ? -stride : stride));
+  }
+  if (view.size() > most || below > most || above >= most - below) return false;
+  out = {-below * size, (above + 1) * size};
+  if (view.data == nullptr) return true;
+  const auto address = reinterpret_cast<std::uintptr_t>(view.data);
+  return address >= static_cast<std::uintptr_t>(-out.low) &&
+         UINTPTR_MAX - address >= static_cast<std::uintptr_t>(out.high);
+}
+
+}  // namespace detail
 
 /// The bytes a view can touch, [first, last); equal pointers for an empty view. For aliasing checks.
 struct byte_range {
@@ -137,18 +179,17 @@ struct byte_range {
   }
 };
 
-/// The bounds of the elements of a view, strides of either sign considered.
+/// The bounds of the elements of a view, strides of either sign considered; all addresses where they cannot be told,
+/// for extents and strides that no memory can have (see `check_view`).
 template <class T, std::size_t Rank, memory_space Space>
 [[nodiscard]] byte_range touched_bytes(const tensor_view<T, Rank, Space>& view) noexcept {
   if (view.empty()) return {};
-  index_t low = 0;
-  index_t high = 0;
-  for (std::size_t axis = 0; axis < Rank; ++axis) {
-    const index_t reach = (view.extents[axis] - 1) * view.strides[axis];
-    (reach < 0 ? low : high) += reach;
+  detail::byte_span span;
+  if (!detail::find_byte_span(view, span)) {
+    return {nullptr, reinterpret_cast<const unsigned char*>(UINTPTR_MAX)};
   }
-  return {reinterpret_cast<const unsigned char*>(view.data + low),
-          reinterpret_cast<const unsigned char*>(view.data + high + 1)};
+  const auto* const data = reinterpret_cast<const unsigned char*>(view.data);
+  return {data + span.low, data + span.high};
 }
 
 /// A tensor whose token axis (axis 2 of [batch, heads, tokens, head_dim]) is split over several views, as a prompt
@@ -190,7 +231,7 @@ class chunked_tensor_view {
     if (count_ == 0) return 0;
     if (axis != 2) return chunk(0).extents[axis];
     index_t tokens = 0;
-    for (index_t i = 0; i < count_; ++i) tokens += chunk(i).extents[2];
+    for (index_t i = 0; i < count_; ++i) tokens = detail::saturated_sum(tokens, chunk(i).extents[2]);
     return tokens;
   }
   /// True where there is no tensor at all.

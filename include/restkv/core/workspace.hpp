@@ -7,8 +7,10 @@
 #pragma once
 
 #include <restkv/core/config.hpp>
+#include <restkv/core/saturation.hpp>
 #include <restkv/core/status.hpp>
 
+#include <concepts>
 #include <cstdint>
 #include <limits>
 #include <span>
@@ -53,6 +55,14 @@ class workspace {
     used_ += bytes;
     if (counting_ || overflow_ || too_small()) return nullptr;
     return reinterpret_cast<T*>(base_ + begin);
+  }
+  /// The product of several sizes, which may pass 64 bits: `check()` tells.
+  template <class T, std::convertible_to<index_t>... More>
+    requires(sizeof...(More) > 0)
+  T* take(index_t size, More... more) noexcept {
+    bool negative = size < 0;
+    ((negative = negative || more < 0, size = detail::saturated_product(size, more)), ...);
+    return take<T>(negative || size == detail::too_many ? -1 : size);
   }
 
   /// Bytes asked for so far, alignment included.

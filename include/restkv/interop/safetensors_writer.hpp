@@ -7,6 +7,7 @@
 #include <restkv/interop/safetensors.hpp>
 
 #include <map>
+#include <string_view>
 
 namespace restkv {
 
@@ -37,8 +38,20 @@ class safetensors_writer {
   /// Adds a text under a key of `__metadata__`; one set under the same key before is replaced.
   void set_metadata(const std::string& key, std::string text) { metadata_[key] = std::move(text); }
 
+  /// Fails (errc::invalid_argument) where a tensor's bytes are not as many as its shape and dtype need.
+  [[nodiscard]] status check() const noexcept {
+    for (const auto& [name, made] : tensors_) {
+      const index_t needed = detail::safetensors_bytes(made.dtype, made.shape);
+      if (needed >= 0 && static_cast<std::size_t>(needed) == made.bytes.size()) continue;
+      return status::error(errc::invalid_argument,
+                           "tensor %.80s of %zu axes has %zu bytes, its shape and dtype need %lld", name.c_str(),
+                           made.shape.size(), made.bytes.size(), static_cast<long long>(needed));
+    }
+    return {};
+  }
+
   /// The whole file in memory: tensors with wider elements first, so that each is aligned, then by name; a header
-  /// padded with spaces to a multiple of 8 bytes.
+  /// padded with spaces to a multiple of 8 bytes. Names and texts must be UTF-8: throws nlohmann::json::type_error.
   [[nodiscard]] std::vector<std::byte> serialise() const {
     std::vector<decltype(tensors_)::const_iterator> order;
     for (auto at = tensors_.begin(); at != tensors_.end(); ++at) order.push_back(at);
@@ -47,17 +60,29 @@ class safetensors_writer {
       const std::size_t width_b = facts_of(b->second.dtype).bytes;
       return width_a != width_b ? width_a > width_b : a->first < b->first;
     });
-    nlohmann::json header = nlohmann::json::object();
-    if (!metadata_.empty()) header["__metadata__"] = metadata_;
+    // Not a JSON document: those allocate when they are destroyed, and end the program where that fails.
+    std::map<std::string_view, std::string> members;
+    if (!metadata_.empty()) {
+      std::string& texts = members["__metadata__"];
+      for (const auto& [key, text] : metadata_) {
+        texts += (texts.empty() ? "{" : ",") + quoted(key) + ":" + quoted(text);
+      }
+      texts += "}";
+    }
     std::size_t end = 0;
     for (const auto& at : order) {
       const std::size_t begin = end;
       end += at->second.bytes.size();
-      header[at->first] = {{"dtype", facts_of(at->second.dtype).name},
-                           {"shape", at->second.shape},
-                           {"data_offsets", {begin, end}}};
+      std::string shape;
+      for (const index_t extent : at->second.shape) shape += (shape.empty() ? "" : ",") + std::to_string(extent);
+      members[at->first] = R"({"data_offsets":[)" + std::to_string(begin) + "," + std::to_string(end) +
+                           R"(],"dtype":")" + facts_of(at->second.dtype).name + R"(","shape":[)" + shape + "]}";
     }
-    std::string text = header.dump();
+    std::string text;
+    for (const auto& [name, member] : members) {
+      text += (text.empty() ? "{" : ",") + quoted(std::string(name)) + ":" + member;
+    }
+    text += text.empty() ? "{}" : "}";
     text.resize((text.size() + 7) / 8 * 8, ' ');
     std::vector<std::byte> file(8 + text.size() + end);
     const std::uint64_t header_bytes = text.size();
@@ -68,14 +93,18 @@ class safetensors_writer {
     return file;
   }
 
-  /// Writes the file in one step: see `replace_file`. Errors are those of `replace_file`.
+  /// Writes the file in one step: see `replace_file`. Errors are those of `check` and of `replace_file`.
   [[nodiscard]] status write(const std::string& path) const {
+    RESTKV_RETURN_IF_FAILED(check());
     const std::vector<std::byte> file = serialise();
     const std::span<const std::byte> piece(file);
     return replace_file(path, std::span(&piece, 1));
   }
 
  private:
+  /// A text as JSON has it.
+  [[nodiscard]] static std::string quoted(const std::string& text) { return nlohmann::json(text).dump(); }
+
   struct tensor {
     safetensors_dtype dtype = safetensors_dtype::f32;
     std::vector<index_t> shape;

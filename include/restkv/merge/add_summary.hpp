@@ -31,9 +31,9 @@ class summary_run {
         channels_(layer.key.extent(3)),
         rows_(layer.query.extent(1) / cache.kept.heads() * std::min(options.window, layer.query.extent(2))),
         guard_(cache, layer, options.window, space) {
-    grams_ = space.take<double>(tasks_ * rows_ * rows_);
-    rights_ = space.take<double>(tasks_ * rows_);
-    sums_ = space.take<double>(tasks_ * 4 * channels_);
+    grams_ = space.take<double>(tasks_, rows_, rows_);
+    rights_ = space.take<double>(tasks_, rows_);
+    sums_ = space.take<double>(tasks_, 4, channels_);
   }
 
   template <class ParallelFor>

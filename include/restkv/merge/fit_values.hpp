@@ -39,9 +39,9 @@ class fit_run {
         channels_(layer.key.extent(3)),
         rows_(layer.query.extent(1) / cache.kept.heads() * std::min(options.window, layer.query.extent(2))),
         guard_(cache, layer, options.window, space) {
-    shares_ = space.take<double>(tasks_ * rows_ * entries_);
-    grams_ = space.take<double>(tasks_ * rows_ * rows_);
-    rights_ = space.take<double>(tasks_ * rows_ * channels_);
+    shares_ = space.take<double>(tasks_, rows_, entries_);
+    grams_ = space.take<double>(tasks_, rows_, rows_);
+    rights_ = space.take<double>(tasks_, rows_, channels_);
   }
 
   template <class ParallelFor>

@@ -30,17 +30,17 @@ class merge_run {
         guard_(cache, layer, observes() ? options.window : 0, space),
         targets_(layer.key.extent(0) * heads_, capacity_, channels_, space) {
     const index_t tasks = layer.key.extent(0) * heads_;
-    receivers_ = space.take<position_t>(tasks * tokens_);
-    order_ = space.take<position_t>(tasks * (options.fraction < 1 ? tokens_ : 0));
-    similarities_ = space.take<real>(tasks * tokens_);
-    attention_ = space.take<double>(tasks * (Operator::needs_attention ? tokens_ : 0));
-    key_sums_ = space.take<real>(tasks * (Operator::merges_keys ? capacity_ * channels_ : 0));
-    value_sums_ = space.take<real>(tasks * capacity_ * channels_);
-    totals_ = space.take<real>(tasks * capacity_);
-    counts_ = space.take<position_t>(tasks * capacity_);
-    norms_ = space.take<real>(tasks * capacity_);
-    rows_ = space.take<real>(tasks * 2 * channels_);
-    candidates_ = space.take<double>(tasks * 2 * channels_);
+    receivers_ = space.take<position_t>(tasks, tokens_);
+    order_ = space.take<position_t>(tasks, (options.fraction < 1 ? tokens_ : 0));
+    similarities_ = space.take<real>(tasks, tokens_);
+    attention_ = space.take<double>(tasks, (Operator::needs_attention ? tokens_ : 0));
+    key_sums_ = space.take<real>(tasks, (Operator::merges_keys ? capacity_ * channels_ : 0));
+    value_sums_ = space.take<real>(tasks, capacity_, channels_);
+    totals_ = space.take<real>(tasks, capacity_);
+    counts_ = space.take<position_t>(tasks, capacity_);
+    norms_ = space.take<real>(tasks, capacity_);
+    rows_ = space.take<real>(tasks, 2, channels_);
+    candidates_ = space.take<double>(tasks, 2, channels_);
   }
 
   template <class ParallelFor>

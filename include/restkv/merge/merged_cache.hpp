@@ -55,7 +55,7 @@ template <class KeyLayout, class ValueLayout, element T>
   RESTKV_RETURN_IF_FAILED(check_layer(layer, shape, window, window > 0, true, false));
   if (window > 0) RESTKV_RETURN_IF_FAILED(check_groups(shape.query_heads, shape.kv_heads));
   if (window > 0 && layer.projection.data != nullptr) {
-    RESTKV_RETURN_IF_FAILED(check_projection_width(layer.projection.extent(1), shape.query_heads, shape.head_dim));
+    RESTKV_RETURN_IF_FAILED(check_projection_width(layer.projection, shape.query_heads, shape.head_dim));
     RESTKV_RETURN_IF_FAILED(check_view("W_O", layer.projection));
   }
   RESTKV_RETURN_IF_FAILED(check_kept_memory(cache.kept));

@@ -19,8 +19,8 @@ class similar_targets {
  public:
   similar_targets(index_t heads, index_t capacity, index_t channels, workspace& space) noexcept
       : channels_(channels), tiles_per_head_((capacity + lanes - 1) / lanes) {
-    tiles_ = space.take<Real>(heads * tiles_per_head_ * lanes * channels);
-    keys_ = space.take<Real>(heads * block * channels);
+    tiles_ = space.take<Real>(heads, tiles_per_head_, lanes, channels);
+    keys_ = space.take<Real>(heads, block, channels);
     states_ = space.take<state>(heads);
   }
 

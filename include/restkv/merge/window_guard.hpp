@@ -30,20 +30,20 @@ class window_guard {
     const index_t count = shape_.batch * heads_;
     const index_t channels = shape_.head_dim;
     const index_t rows = group_ * window_;
-    queries_ = space.take<double>(count * rows * channels);
-    outputs_ = space.take<double>(count * rows * channels);
-    before_ = space.take<double>(count * rows * channels);
-    after_ = space.take<double>(count * rows * channels);
-    sums_ = space.take<double>(count * rows * (channels + 2));
-    pair_ = space.take<double>(count * 2 * channels);
-    errors_ = space.take<double>(count * 2);
+    queries_ = space.take<double>(count, rows, channels);
+    outputs_ = space.take<double>(count, rows, channels);
+    before_ = space.take<double>(count, rows, channels);
+    after_ = space.take<double>(count, rows, channels);
+    sums_ = space.take<double>(count, rows, (channels + 2));
+    pair_ = space.take<double>(count, 2, channels);
+    errors_ = space.take<double>(count, 2);
     lengths_ = space.take<index_t>(count);
     changed_ = space.take<std::uint8_t>(count);
-    old_keys_ = space.take<key_type>(count * entries_ * channels);
-    old_values_ = space.take<value_type>(count * entries_ * channels);
+    old_keys_ = space.take<key_type>(count, entries_, channels);
+    old_values_ = space.take<value_type>(count, entries_, channels);
     if (layer.projection.data != nullptr && window_ > 0) {
-      total_ = space.take<double>(shape_.batch * window_ * layer.projection.extent(0));
-      gains_ = space.take<double>(shape_.batch * window_);
+      total_ = space.take<double>(shape_.batch, window_, layer.projection.extent(0));
+      gains_ = space.take<double>(shape_.batch, window_);
     }
   }
 

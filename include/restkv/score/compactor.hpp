@@ -4,6 +4,7 @@
 /// it with leverage.
 #pragma once
 
+#include <restkv/core/check_view.hpp>
 #include <restkv/core/scratch.hpp>
 #include <restkv/core/status.hpp>
 #include <restkv/core/vector_math.hpp>
@@ -59,7 +60,7 @@ struct non_causal_attention {
                            static_cast<long long>(query.extent(axis)), axes[axis],
                            static_cast<long long>(wanted[axis]));
     }
-    return {};
+    return detail::check_view("query", query);
   }
 
   [[nodiscard]] constexpr index_t scratch_size(const problem_shape& shape) const noexcept {

@@ -3,6 +3,7 @@
 /// `expected_attention`: the attention that queries of a known distribution would pay.
 #pragma once
 
+#include <restkv/core/check_view.hpp>
 #include <restkv/core/cholesky.hpp>
 #include <restkv/core/scratch.hpp>
 #include <restkv/core/status.hpp>
@@ -30,7 +31,7 @@ template <std::size_t Rank>
     return status::error(errc::shape_mismatch, "%s has %lld %s, the plan has %lld", name,
                          static_cast<long long>(array.extent(axis)), axes[axis], static_cast<long long>(wanted[axis]));
   }
-  return {};
+  return check_view(name, array);
 }
 
 }  // namespace detail

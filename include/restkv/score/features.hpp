@@ -98,6 +98,25 @@ struct logit_perturbation {
   }
 };
 
+/// The same for a part of a layer's query heads, whose first is head `first_head` of the layer.
+struct head_perturbation {
+  logit_perturbation noise{};  ///< of the layer
+  index_t first_head = 0;      ///< of those at hand
+
+  constexpr head_perturbation() = default;
+  /// Of heads from `first` on.
+  constexpr head_perturbation(const logit_perturbation& of_layer,  // NOLINT(google-explicit-constructor)
+                              index_t first = 0) noexcept
+      : noise(of_layer), first_head(first) {}
+  /// True where logits change at all.
+  [[nodiscard]] constexpr bool active() const noexcept { return noise.active(); }
+  /// The perturbed logit; `head` counts the heads at hand.
+  template <std::floating_point Real>
+  [[nodiscard]] Real operator()(Real logit, index_t batch, index_t head, index_t query, index_t token) const noexcept {
+    return noise(logit, batch, first_head + head, query, token);
+  }
+};
+
 /// The features of one token. Only those a score asks for are set; the rest are 0.
 template <std::floating_point Real>
 struct token_features {

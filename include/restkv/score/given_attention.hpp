@@ -3,6 +3,7 @@
 /// `given_attention`: an attention matrix that somebody else computed.
 #pragma once
 
+#include <restkv/core/check_view.hpp>
 #include <restkv/core/dtype.hpp>
 #include <restkv/score/given_scores.hpp>
 #include <restkv/smoothing/temporal.hpp>
@@ -40,7 +41,7 @@ struct given_attention {
       return mismatch("query heads", attention.extent(1), "", shape.query_heads);
     }
     if (attention.extent(3) < shape.tokens) return mismatch("tokens", attention.extent(3), "at least ", shape.tokens);
-    return {};
+    return detail::check_view("attention", attention);
   }
 
   [[nodiscard]] constexpr index_t scratch_size(const problem_shape&) const noexcept { return attention.extent(2); }

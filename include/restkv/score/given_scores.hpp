@@ -3,6 +3,7 @@
 /// `given_scores`: scores that somebody else computed.
 #pragma once
 
+#include <restkv/core/check_view.hpp>
 #include <restkv/core/dtype.hpp>
 #include <restkv/core/status.hpp>
 #include <restkv/score/head_score.hpp>
@@ -42,7 +43,7 @@ struct given_scores {
     }
     // A layer may have fewer tokens than its plan.
     if (scores.extent(2) < shape.tokens) return mismatch("tokens", scores.extent(2), "at least ", shape.tokens);
-    return {};
+    return detail::check_view("scores", scores);
   }
 
   template <element T, std::floating_point Real>

@@ -71,7 +71,7 @@ class kv_zip_run {
                  .group = group_reduce::max, .shape = shape()},
         keys_(space.take<part>(parts())),
         values_(with_values ? space.take<part>(parts()) : nullptr),
-        out_(space.take<real>(request_.shape.kv_heads * request_.shape.tokens),
+        out_(space.take<real>(request_.shape.kv_heads, request_.shape.tokens),
              {1, request_.shape.kv_heads, request_.shape.tokens}),
         scratch_(backend, request_, space) {}
 
@@ -190,7 +190,7 @@ template <element T>
       return status::error(errc::shape_mismatch, "the replay's %s has %lld sequences, the layer %lld", name,
                            ll(part.extent(0)), ll(layer.key.extent(0)));
     }
-    if (part.extent(axis) == rows) return {};
+    if (part.extent(axis) == rows) return detail::check_view(name, part);
     return status::error(errc::shape_mismatch, "the replay's %s has %lld rows, its query %lld", name,
                          ll(part.extent(axis)), ll(rows));
   };

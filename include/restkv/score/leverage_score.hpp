@@ -172,9 +172,10 @@ struct leverage_score {
   void draw(const head_view<T>& head, double* random) const noexcept {
     if (sketch == 0) return;
     const double size = 1 / std::sqrt(static_cast<double>(sketch));
+    const index_t head_of_layer = head.shape().first_kv_head + head.kv_head();
     std::uint64_t bits = 0;
     for (index_t i = 0; i < sketch * head.head_dim(); ++i) {
-      if (i % 64 == 0) bits = counter_bits(seed, head.shape().layer, head.batch(), head.kv_head(), i / 64);
+      if (i % 64 == 0) bits = counter_bits(seed, head.shape().layer, head.batch(), head_of_layer, i / 64);
       random[i] = ((bits >> (i % 64)) & 1u) != 0 ? size : -size;
     }
   }

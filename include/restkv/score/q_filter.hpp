@@ -3,6 +3,7 @@
 /// `q_filter`: keys projected on the main direction of the queries, and `find_q_filters`, which finds that direction.
 #pragma once
 
+#include <restkv/core/check_view.hpp>
 #include <restkv/core/cholesky.hpp>
 #include <restkv/core/dtype.hpp>
 #include <restkv/core/scratch.hpp>
@@ -30,7 +31,9 @@ struct q_filter {
 
   [[nodiscard]] status check(const problem_shape& shape) const noexcept {
     if (filters.data == nullptr) return status::error(errc::missing_input, "q_filter has no filters");
-    if (filters.extent(0) == shape.kv_heads && filters.extent(1) == shape.head_dim) return {};
+    if (filters.extent(0) == shape.kv_heads && filters.extent(1) == shape.head_dim) {
+      return detail::check_view("filters", filters);
+    }
     return status::error(errc::shape_mismatch, "filters is [%lld, %lld], the plan has %lld KV heads of %lld channels",
                          static_cast<long long>(filters.extent(0)), static_cast<long long>(filters.extent(1)),
                          static_cast<long long>(shape.kv_heads), static_cast<long long>(shape.head_dim));
@@ -77,8 +80,12 @@ template <element T>
   const index_t rows = queries.extent(2);
   const index_t channels = queries.extent(3);
   const index_t kv_heads = filters.extent(0);
-  if (filters.data == nullptr || (queries.data == nullptr && queries.size() > 0)) {
-    return status::error(errc::missing_input, "%s has a null pointer", filters.data == nullptr ? "filters" : "queries");
+  if (filters.data == nullptr) return status::error(errc::missing_input, "filters has a null pointer");
+  RESTKV_RETURN_IF_FAILED(detail::check_view("filters", filters));
+  RESTKV_RETURN_IF_FAILED(detail::check_view("queries", queries));
+  if (channels > 4096) {  // the limit of a plan
+    return status::error(errc::invalid_argument, "queries has %lld channels, at most 4096 are possible",
+                         static_cast<long long>(channels));
   }
   if (kv_heads < 1 || heads < 1 || heads % kv_heads != 0) {
     return status::error(errc::shape_mismatch,

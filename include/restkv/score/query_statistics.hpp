@@ -5,6 +5,7 @@
 #pragma once
 
 #include <restkv/cache/rope.hpp>
+#include <restkv/core/check_view.hpp>
 #include <restkv/core/cholesky.hpp>
 #include <restkv/core/dtype.hpp>
 #include <restkv/core/status.hpp>
@@ -47,7 +48,7 @@ namespace detail {
                            static_cast<long long>(part.extent(axis)), axes[axis],
                            static_cast<long long>(wanted[axis]));
     }
-    return {};
+    return check_view(name, part);
   };
   RESTKV_RETURN_IF_FAILED(check("mean", out.mean));
   return out.covariance.data == nullptr ? status{} : check("covariance", out.covariance);
@@ -97,9 +98,10 @@ template <element T>
   RESTKV_RETURN_IF_FAILED(
       detail::check_query_statistics(out, queries.extent(0), queries.extent(1), channels));
   RESTKV_RETURN_IF_FAILED(detail::check_rotary_channels(rope.frequencies, channels));
-  if (queries.data == nullptr && queries.size() > 0) {
-    return status::error(errc::missing_input, "queries has a null pointer and %lld elements",
-                         static_cast<long long>(queries.size()));
+  RESTKV_RETURN_IF_FAILED(detail::check_view("queries", queries));
+  if (channels > 4096) {  // the limit of a plan
+    return status::error(errc::invalid_argument, "queries has %lld channels, at most 4096 are possible",
+                         static_cast<long long>(channels));
   }
   if (skip < 0 || rows <= skip) {
     return status::error(errc::invalid_argument, "queries has %lld rows, must have more than the %lld that are skipped",

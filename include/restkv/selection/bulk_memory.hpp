@@ -34,11 +34,11 @@ struct bulk_pruning_memory {
   bulk_pruning_memory() = default;
   template <class Plan>
   bulk_pruning_memory(const Plan& p, workspace& from)
-      : states(from.take<token_state>(p.shape.batch * p.heads * p.shape.tokens),
+      : states(from.take<token_state>(p.shape.batch, p.heads, p.shape.tokens),
                {p.shape.batch, p.heads, p.shape.tokens}),
-        keys(from.take<std::uint32_t>(p.shape.batch * p.heads * p.shape.tokens)),
-        settled(from.take<std::uint32_t>(p.shape.batch * p.heads * p.shape.tokens)),
-        wanted(from.take<index_t>(p.shape.batch * p.heads)),
+        keys(from.take<std::uint32_t>(p.shape.batch, p.heads, p.shape.tokens)),
+        settled(from.take<std::uint32_t>(p.shape.batch, p.heads, p.shape.tokens)),
+        wanted(from.take<index_t>(p.shape.batch, p.heads)),
         pooled_pivots(from.take<top_k_pivot<std::uint32_t>>(p.shape.batch)) {}
 };
 
@@ -76,18 +76,18 @@ struct bulk_memory {
   bulk_pruning_memory<space> pruning;
 
   bulk_memory(const Backend& backend, const Plan& p, workspace& from)
-      : positions(from.take<position_t>(p.shape.batch * p.heads * p.capacity), {p.shape.batch, p.heads, p.capacity}),
-        lengths(from.take<position_t>(p.shape.batch * p.heads), {p.shape.batch, p.heads}),
-        score(from.take<float>(p.shape.batch * p.heads * p.shape.tokens), {p.shape.batch, p.heads, p.shape.tokens}),
-        smoothed(from.take<float>(p.shape.batch * p.heads * p.shape.tokens), {p.shape.batch, p.heads, p.shape.tokens}),
-        drift(from.take<double>(p.shape.batch * p.rows)),
-        spans(from.take<bulk_span>(p.shape.batch * p.rows)),
-        candidates(from.take<index_t>(p.shape.batch * p.rows)),
-        counts(from.take<index_t>(p.shape.batch * p.rows)),
+      : positions(from.take<position_t>(p.shape.batch, p.heads, p.capacity), {p.shape.batch, p.heads, p.capacity}),
+        lengths(from.take<position_t>(p.shape.batch, p.heads), {p.shape.batch, p.heads}),
+        score(from.take<float>(p.shape.batch, p.heads, p.shape.tokens), {p.shape.batch, p.heads, p.shape.tokens}),
+        smoothed(from.take<float>(p.shape.batch, p.heads, p.shape.tokens), {p.shape.batch, p.heads, p.shape.tokens}),
+        drift(from.take<double>(p.shape.batch, p.rows)),
+        spans(from.take<bulk_span>(p.shape.batch, p.rows)),
+        candidates(from.take<index_t>(p.shape.batch, p.rows)),
+        counts(from.take<index_t>(p.shape.batch, p.rows)),
         pooled(from.take<index_t>(p.shape.batch)),
-        shares(from.take<double>(p.shape.batch * p.rows)),
-        pivots(from.take<top_k_pivot<std::uint32_t>>(p.shape.batch * p.rows)),
-        mask(from.take<std::uint32_t>(p.shape.batch * mask_words(p.shape.tokens))),
+        shares(from.take<double>(p.shape.batch, p.rows)),
+        pivots(from.take<top_k_pivot<std::uint32_t>>(p.shape.batch, p.rows)),
+        mask(from.take<std::uint32_t>(p.shape.batch, mask_words(p.shape.tokens))),
         top_k(backend, bulk_shape{p.shape.batch * p.rows, p.shape.tokens}, from) {
     if (prunes_in_bulk(backend, p)) pruning = bulk_pruning_memory<space>(p, from);
   }

@@ -44,7 +44,7 @@ class selection_run {
         if (pruned) RESTKV_RETURN_IF_FAILED(backend_.score_bounds(request_, layer_, scratch_, memory_.score));
       }
       if (!pruned) RESTKV_RETURN_IF_FAILED(backend_.token_scores(request_, layer_, scratch_, memory_.score));
-      share();
+      RESTKV_RETURN_IF_FAILED(share());
       rank(rescores<rescoring_t> && !rescores_after_budget<rescoring_t>());
       allocate();
       if constexpr (rescores<rescoring_t> && rescores_after_budget<rescoring_t>()) rank(true);
@@ -72,7 +72,7 @@ class selection_run {
     RESTKV_RETURN_IF_FAILED(weigh());
     RESTKV_RETURN_IF_FAILED(measure_drift());
     RESTKV_RETURN_IF_FAILED(backend_.token_scores(request_, layer_, scratch_, memory_.score));
-    share();
+    RESTKV_RETURN_IF_FAILED(share());
     rank(rescores<rescoring_t> && !rescores_after_budget<rescoring_t>());
     if constexpr (rescores<rescoring_t> && rescores_after_budget<rescoring_t>()) {
       allocate();
@@ -120,7 +120,9 @@ class selection_run {
   }
   /// A row's order keys lie where its smoothed scores lay: `make_keys` turns one into the other.
   [[nodiscard]] key_t* key_row(index_t row) const noexcept { return reinterpret_cast<key_t*>(smoothed_row(row)); }
-  [[nodiscard]] row_context context_of(index_t row) const noexcept { return {memory_.drift.data[head_row(row)]}; }
+  [[nodiscard]] row_context context_of(index_t row) const noexcept {
+    return {.drift = memory_.drift.data[head_row(row)], .sequence = row / plan_.rows};
+  }
 
   void count_candidates() const noexcept {
     for (index_t b = 0; b < batch(); ++b) problem_.count_candidates(b, memory_.candidates + b * plan_.rows);
@@ -156,8 +158,17 @@ class selection_run {
       const index_t group = plan_.shape.query_heads / plan_.rows;
       for (index_t b = 0; b < batch(); ++b) {
         for (index_t h = 0; h < plan_.rows; ++h) {
-          for (index_t j = 0; j < group; ++j) memory_.drift(b, h) += scratch_.drift()(b, h * group + j);
-          memory_.drift(b, h) /= static_cast<double>(group);
+          double& drift = memory_.drift(b, h);
+          const auto add_heads = [&](bool) {
+            for (index_t j = 0; j < group; ++j) drift += scratch_.drift()(b, h * group + j);
+          };
+          if (plan_.policy.granularity.shared) {
+            RESTKV_RETURN_IF_FAILED(fold_heads(backend_, std::span(&drift, 1), add_heads));
+            drift /= static_cast<double>(heads_of_layer(backend_, group));
+          } else {
+            add_heads(true);
+            drift /= static_cast<double>(group);
+          }
         }
       }
     }
@@ -189,27 +200,40 @@ class selection_run {
 
   /// Reduces the rows of all heads to the first, where heads share a kept set; a rescorer's weights and attention to
   /// their means.
-  void share() const {
-    if (!plan_.policy.granularity.shared) return;
-    backend_.parallel_for(batch(), [this](index_t b) {
-      const index_t past = request_.past_of(sequence(layer_, b, 0).length);
-      real* const row = score_row(b);
-      for (index_t n = 0; n < past; ++n) {
-        real folded = 0;
-        for (index_t h = 0; h < plan_.heads; ++h) {
-          folded = group_fold(request_.group, folded, row[h * plan_.shape.tokens + n], h == 0);
-        }
-        row[n] = group_finish(request_.group, folded, plan_.heads);
-      }
-      for (const tensor_view<real, 3>* rows : {&memory_.weights, &memory_.attention}) {
-        if (rows->data == nullptr) continue;
-        real* const first = (*rows)[b].data;
+  [[nodiscard]] status share() const {
+    if (!plan_.policy.granularity.shared) return {};
+    if constexpr (head_sharing_backend<Backend>) {  // which speaks to others: one sequence after the other
+      for (index_t b = 0; b < batch(); ++b) RESTKV_RETURN_IF_FAILED(share_sequence(b));
+    } else {
+      backend_.parallel_for(batch(), [this](index_t b) { static_cast<void>(share_sequence(b)); });
+    }
+    return {};
+  }
+
+  /// Folds in the row of smoothed scores, which are yet to come.
+  [[nodiscard]] status share_sequence(index_t b) const {
+    const index_t past = request_.past_of(sequence(layer_, b, 0).length);
+    const std::span<real> folded(smoothed_row(b), static_cast<std::size_t>(past));
+    std::uninitialized_default_construct(folded.begin(), folded.end());
+    const auto reduce = [&](group_reduce how, real* rows) -> status {
+      RESTKV_RETURN_IF_FAILED(fold_heads(backend_, folded, [&](bool first) {
         for (index_t n = 0; n < past; ++n) {
-          for (index_t h = 1; h < plan_.heads; ++h) first[n] += first[h * plan_.shape.tokens + n];
-          first[n] /= static_cast<real>(plan_.heads);
+          real& sum = folded[static_cast<std::size_t>(n)];
+          for (index_t h = 0; h < plan_.heads; ++h) {
+            sum = group_fold(how, sum, rows[h * plan_.shape.tokens + n], first && h == 0);
+          }
         }
-      }
-    });
+      }));
+      const index_t heads = heads_of_layer(backend_, plan_.heads);
+      std::transform(folded.begin(), folded.end(), rows,
+                     [&](real sum) { return group_finish(how, sum, heads); });
+      return {};
+    };
+    RESTKV_RETURN_IF_FAILED(reduce(request_.group, score_row(b)));
+    for (const tensor_view<real, 3>* rows : {&memory_.weights, &memory_.attention}) {
+      if (rows->data != nullptr) RESTKV_RETURN_IF_FAILED(reduce(group_reduce::mean, (*rows)[b].data));
+    }
+    return {};
   }
 
   /// Smooths each row, rescores it where asked, and replaces the result by its order keys.

@@ -85,7 +85,7 @@ template <tensor_backend Backend, element T>
     return status::error(errc::shape_mismatch, "set_error has %zu weights for %lld queries", weights.size(), ll(rows));
   }
   if (layer.projection.data != nullptr) {
-    RESTKV_RETURN_IF_FAILED(check_projection_width(layer.projection.extent(1), shape.query_heads, shape.head_dim));
+    RESTKV_RETURN_IF_FAILED(check_projection_width(layer.projection, shape.query_heads, shape.head_dim));
   }
   const std::array<index_t, 4> expected{kept.heads(), sizes.pairs(), shape.head_dim, sizes.width()};
   if (metric.missing() || metric.gram.extents != expected || !metric.gram.dense()) {

@@ -142,6 +142,7 @@ class session {
                            static_cast<long long>(plan_.shape.query_heads), static_cast<long long>(n),
                            static_cast<long long>(entries));
     }
+    RESTKV_RETURN_IF_FAILED(detail::check_view("attention", attention));
     for (index_t i = 0; i < n; ++i) {
       s.store(key, value, i);
       if (speculating_) ++s.speculated;

@@ -33,9 +33,7 @@ template <class T>
                          ll(tensor.extent(0)), ll(tensor.extent(1)), ll(tensor.extent(2)), ll(wanted[0]), ll(wanted[1]),
                          ll(wanted[2]));
   }
-  if (tensor.data == nullptr && tensor.size() > 0) {
-    return status::error(errc::missing_input, "%s has a null pointer and %lld elements", name, ll(tensor.size()));
-  }
+  RESTKV_RETURN_IF_FAILED(check_view(name, tensor));
   const auto* const begin = reinterpret_cast<const unsigned char*>(memory.data());
   if (touched_bytes(tensor).overlaps({begin, begin + memory.size()})) {
     return status::error(errc::aliasing, "%s lies in the session's own memory", name);

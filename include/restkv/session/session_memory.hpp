@@ -29,26 +29,26 @@ struct session_memory {
     for (index_t i = 0; i < shape.layers; ++i) {
       session_layer<T> layer;
       const std::array<index_t, 3> cache{shape.kv_heads, capacity, shape.head_dim};
-      layer.key = {space.take<T>(cache[0] * cache[1] * cache[2]), cache};
-      layer.value = {space.take<T>(cache[0] * cache[1] * cache[2]), cache};
-      layer.positions = {space.take<position_t>(shape.kv_heads * capacity), {shape.kv_heads, capacity}};
+      layer.key = {space.take<T>(cache[0], cache[1], cache[2]), cache};
+      layer.value = {space.take<T>(cache[0], cache[1], cache[2]), cache};
+      layer.positions = {space.take<position_t>(shape.kv_heads, capacity), {shape.kv_heads, capacity}};
       layer.lengths = {space.take<std::int32_t>(shape.kv_heads), {1, shape.kv_heads}};
-      layer.queries = {space.take<T>(shape.query_heads * 2 * plan.query_rows * shape.head_dim),
+      layer.queries = {space.take<T>(shape.query_heads, 2, plan.query_rows, shape.head_dim),
                        {shape.query_heads, 2 * plan.query_rows, shape.head_dim}};
       if (running) {
-        layer.running = {space.take<double>(shape.query_heads * capacity), {shape.query_heads, capacity}};
-        layer.observers = {space.take<std::int32_t>(shape.kv_heads * capacity), {shape.kv_heads, capacity}};
+        layer.running = {space.take<double>(shape.query_heads, capacity), {shape.query_heads, capacity}};
+        layer.observers = {space.take<std::int32_t>(shape.kv_heads, capacity), {shape.kv_heads, capacity}};
       }
       if (plan.policy.attention_rows) {
         const std::array<index_t, 3> rows{plan.policy.speculation, shape.query_heads, capacity};
-        layer.attention = {space.take<double>(rows[0] * rows[1] * rows[2]), rows};
+        layer.attention = {space.take<double>(rows[0], rows[1], rows[2]), rows};
       }
       // A workspace that is too small hands out null from where it ends.
       if (layer.lengths.data != nullptr) std::fill_n(layer.lengths.data, shape.kv_heads, 0);
       if (layers != nullptr && space.check().ok()) std::construct_at(layers + i, layer);
     }
     first_slots = space.take<index_t>(shape.kv_heads);
-    if (running) scores = space.take<typename Backend::score_type>(shape.query_heads * capacity);
+    if (running) scores = space.take<typename Backend::score_type>(shape.query_heads, capacity);
     selection = space.take<std::byte>(static_cast<index_t>(plan.selection_bytes));
   }
 };

@@ -75,6 +75,9 @@ struct layer_with_future {
 
   [[nodiscard]] status join(const layer_view<T>& prompt, const future_view<T>& future) {
     const auto ll = [](index_t n) { return static_cast<long long>(n); };
+    RESTKV_RETURN_IF_FAILED(check_view("future.query", future.query));
+    RESTKV_RETURN_IF_FAILED(check_view("future.key", future.key));
+    RESTKV_RETURN_IF_FAILED(check_view("future.value", future.value));
     const index_t tokens = prompt.key.extent(2);
     const index_t more = future.key.extent(2);
     if (future.query.extent(2) != more) {

@@ -74,7 +74,7 @@ template <element T>
   }
   RESTKV_RETURN_IF_FAILED(check_kept_sequences(kept, layer));
   if (layer.projection.data != nullptr) {
-    RESTKV_RETURN_IF_FAILED(check_projection_width(layer.projection.extent(1), shape.query_heads, shape.head_dim));
+    RESTKV_RETURN_IF_FAILED(check_projection_width(layer.projection, shape.query_heads, shape.head_dim));
     RESTKV_RETURN_IF_FAILED(check_elements("W_O", layer.projection, largest_verified_element));
   }
   if (!layer.metric.missing()) {
@@ -90,8 +90,11 @@ template <element T>
 template <class Backend, element T>
 class error_computation {
  public:
-  error_computation(Backend& backend, const const_kept_tokens& kept, const layer_view<T>& layer, index_t queries)
+  /// `hidden`, unless it is null, gets what W_O makes of the heads' changes and outputs. [batch, queries, 2, hidden]
+  error_computation(Backend& backend, const const_kept_tokens& kept, const layer_view<T>& layer, index_t queries,
+                    double* hidden = nullptr)
       : backend_(backend),
+        hidden_(hidden),
         kept_(kept),
         layer_(layer),
         shape_(shape_of(layer)),
@@ -220,8 +223,10 @@ class error_computation {
     projected_row norms;
     if (projected_) {
       double* const memory = weights_.data() + (b * block + slot) * (width_ + heads_);
+      const index_t place = (b * made_.queries() + row) * 2 * layer_.projection.extent(0);
       norms = project_row(layer_.projection, heads_, shape_.head_dim, change, output, memory, memory + width_,
-                          made_.head_row(table::projected_error, b, 0, row), made_.queries());
+                          made_.head_row(table::projected_error, b, 0, row), made_.queries(),
+                          hidden_ == nullptr ? nullptr : hidden_ + place);
     } else {
       for (index_t h = 0; h < heads_; ++h) {
         norms.change += squared_norm(change[h], width_);
@@ -239,6 +244,7 @@ class error_computation {
   }
 
   Backend& backend_;
+  double* const hidden_;
   const const_kept_tokens kept_;
   const layer_view<T> layer_;
   problem_shape shape_;

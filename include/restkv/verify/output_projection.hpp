@@ -106,11 +106,12 @@ struct projected_row {
 
 /// Multiplies W_O, [hidden, heads * channels], with one query's changes and outputs; the norm of W[h] change_h goes to
 /// head_change[h * step]. `slice` is room for padded_channels numbers, `squares` for one
-/// per head. Cost: 2 hidden heads d multiply-adds.
+/// per head; `hidden`, unless it is null, gets the two sums themselves, [2, hidden]. Cost: 2 hidden heads d multiply-adds.
 template <element T>
 [[nodiscard]] projected_row project_row(const tensor_view<const T, 2>& projection, index_t heads, index_t channels,
                                         const strided_vectors& changes, const strided_vectors& outputs, double* slice,
-                                        double* squares, double* head_change, index_t step) noexcept {
+                                        double* squares, double* head_change, index_t step,
+                                        double* hidden = nullptr) noexcept {
   const index_t width = padded_channels(channels);
   for (index_t h = 0; h < heads; ++h) squares[h] = 0;
   for (index_t c = 0; c < width; ++c) slice[c] = 0;
@@ -128,6 +129,7 @@ template <element T>
     }
     row.change += change * change;
     row.output_norm += output * output;
+    if (hidden != nullptr) hidden[r] = change, hidden[projection.extent(0) + r] = output;
   }
   for (index_t h = 0; h < heads; ++h) head_change[h * step] = std::sqrt(squares[h]);
   return {std::sqrt(row.change), std::sqrt(row.output_norm)};

@@ -57,7 +57,7 @@ class eigen_backend {
    public:
     /// Counts where the workspace counts.
     scratch(const eigen_backend& backend, const Request& request, workspace& space) noexcept
-        : drift_(space.take<double>(request.shape.batch * request.shape.query_heads),
+        : drift_(space.take<double>(request.shape.batch, request.shape.query_heads),
                  {request.shape.batch, request.shape.query_heads}),
           states(request, space),
           factors(request, space),
@@ -196,7 +196,7 @@ class eigen_backend {
       const index_t heads = std::min(together, group - first);
       const index_t first_head = kv_head * group + first;
       buffers.softmax.run(layer, batch, {first_head, heads, request.window_of(span.length), states.lanes}, span,
-                          perturbation_of(request.score));
+                          head_perturbation(perturbation_of(request.score), request.shape.first_query_head()));
       if constexpr (needs::pools) {
         eigen::score_pooled(request, layer, batch, span, buffers, out);
       } else if constexpr (needs::local) {

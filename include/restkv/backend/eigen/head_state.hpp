@@ -85,24 +85,24 @@ struct head_states {
         tokens(request.shape.tokens) {
     using needs = needs_of<Request>;
     const index_t heads = request.shape.batch * request.shape.query_heads;
-    if constexpr (has(needs::set, feature::mean_distance)) mean_image = space.take<float>(heads * width);
+    if constexpr (has(needs::set, feature::mean_distance)) mean_image = space.take<float>(heads, width);
     if constexpr (needs::window && !needs::local) {
       const bool after = order_of(request.score) == query_order::after;
       outputs = after ? 1 : lanes;
       queries = space.take<float>(after ? 0 : heads * request.shape.head_dim * lanes);
-      largest = space.take<float>(heads * outputs);
-      rest = space.take<float>(heads * outputs);
+      largest = space.take<float>(heads, outputs);
+      rest = space.take<float>(heads, outputs);
       scale = space.take<float>(after ? 0 : heads * lanes);
-      top = space.take<index_t>(heads * outputs);
+      top = space.take<index_t>(heads, outputs);
       if constexpr (needs::output) {
-        others = space.take<float>(heads * outputs * width);
-        image = space.take<float>(heads * outputs * width);
-        image_norm = space.take<float>(heads * outputs);
-        norm = space.take<float>(heads * outputs);
+        others = space.take<float>(heads, outputs, width);
+        image = space.take<float>(heads, outputs, width);
+        image_norm = space.take<float>(heads, outputs);
+        norm = space.take<float>(heads, outputs);
       }
       if constexpr (needs::boundable) {
-        centre = space.take<float>(heads * width);
-        radius = space.take<float>(heads * outputs);
+        centre = space.take<float>(heads, width);
+        radius = space.take<float>(heads, outputs);
       }
       row = space.take<float>(after ? heads * tokens : 0);
       row_rest = space.take<float>(after && !is_linear(request.temporal) ? heads * tokens : 0);
@@ -120,7 +120,7 @@ struct metric_factors {
   template <class Request>
   metric_factors(const Request& request, workspace& space) noexcept : width(padded_lanes(request.shape.head_dim)) {
     if (needs_metric(request.score) && width != request.shape.head_dim) {
-      copy = space.take<float>(request.shape.query_heads * width * width);
+      copy = space.take<float>(request.shape.query_heads, width, width);
     }
   }
 
@@ -197,22 +197,22 @@ struct tile_buffers {
       weights = space.take<float>(states.lanes);
       if constexpr (has(needs::set, feature::logit)) logits = space.take<float>(cells);
       if constexpr (has(needs::set, feature::alignment)) products = space.take<float>(cells);
-      if constexpr (needs::pools) ring = space.take<float>(2 * attention_pool_of(request.score) * states.lanes);
-      if (streams(request)) streamed = space.take<float>(request.shape.group() * request.shape.tokens);
+      if constexpr (needs::pools) ring = space.take<float>(2, attention_pool_of(request.score), states.lanes);
+      if (streams(request)) streamed = space.take<float>(request.shape.group(), request.shape.tokens);
     }
     if constexpr (has(needs::set, feature::projected_norm_l1)) {
-      projection = space.take<float>(request.shape.head_dim * projection_block);
-      projected = space.take<float>(tile_tokens * projection_block);
+      projection = space.take<float>(request.shape.head_dim, projection_block);
+      projected = space.take<float>(tile_tokens, projection_block);
       projected_norm = space.take<float>(tile_tokens);
     }
     if constexpr (needs::whole_heads) {
       scratch = space.take<float>(scratch_size_of(request.score, request.shape));
       head_row = space.take<float>(scores_query_heads<typename needs::score>() ? request.shape.tokens : 0);
     }
-    values = space.take<float>(tile_tokens * states.width);
-    keys = space.take<float>(tile_tokens * request.shape.head_dim);
-    images = space.take<float>(tile_tokens * states.width);
-    vector = space.take<float>(2 * states.width);
+    values = space.take<float>(tile_tokens, states.width);
+    keys = space.take<float>(tile_tokens, request.shape.head_dim);
+    images = space.take<float>(tile_tokens, states.width);
+    vector = space.take<float>(2, states.width);
     scores = space.take<float>(std::max({states.lanes, request.shape.group(), index_t{1}}));
     folded = space.take<float>(tile_tokens);
     tokens = space.take<index_t>(tile_tokens);
@@ -239,7 +239,7 @@ struct head_task {
     f.position = n;
     f.length = span.length;
     f.batch = batch;
-    f.head = head;
+    f.head = request.shape.first_query_head() + head;
     f.layer = request.shape.layer;
     return f;
   }

@@ -33,7 +33,7 @@ class output_metric {
                            "%lld query heads of %lld channels: 1 to 65536 of 1 to 4096 are possible",
                            ll(query_heads), ll(head_dim));
     }
-    RESTKV_RETURN_IF_FAILED(check_projection_width(projection.extent(1), query_heads, head_dim));
+    RESTKV_RETURN_IF_FAILED(check_projection_width(projection, query_heads, head_dim));
     const index_t hidden = projection.extent(0);
     output_metric made;
     made.heads_ = query_heads;

@@ -58,7 +58,7 @@ void stream_window(const Request& request, const layer_view<T>& layer, index_t b
       const index_t heads = std::min(together, group - first);
       const index_t first_head = kv_head * group + first;
       buffers.softmax.run(block_layer, batch, {first_head, heads, queries, stride}, seen,
-                          perturbation_of(request.score));
+                          head_perturbation(perturbation_of(request.score), request.shape.first_query_head()));
       const lane_block& block = buffers.softmax.block();
       for_tiles(std::min(past, seen.length), [&](index_t tile, index_t first_token, index_t count) {
         const float* const logits = buffers.softmax.tile_logits(block_layer, tile);

@@ -91,9 +91,9 @@ class window_softmax {
   window_softmax(index_t tokens, index_t lanes, index_t head_dim, index_t kept_logits, workspace& space) noexcept {
     most_kept_ = std::min(padded_tokens(tokens) * lanes, std::max(kept_logits, tokens));
     kept_ = space.take<float>(most_kept_);
-    tile_ = space.take<float>(tile_tokens * lanes);
-    queries_ = space.take<float>(head_dim * lanes);
-    keys_ = space.take<float>(tile_tokens * head_dim);
+    tile_ = space.take<float>(tile_tokens, lanes);
+    queries_ = space.take<float>(head_dim, lanes);
+    keys_ = space.take<float>(tile_tokens, head_dim);
     largest_ = space.take<float>(lanes);
     rest_ = space.take<float>(lanes);
     scale_ = space.take<float>(lanes);
@@ -119,7 +119,7 @@ class window_softmax {
   /// Reads every key once and prepares everything above.
   template <element T>
   void run(const layer_view<T>& layer, index_t batch, const lane_block& block, const sequence_span& span,
-           const logit_perturbation& perturbation = {}) noexcept {
+           const head_perturbation& perturbation = {}) noexcept {
     begin(layer, batch, block, span);
     perturbation_ = perturbation;
     const index_t lanes = block.lanes();
@@ -319,7 +319,7 @@ class window_softmax {
   index_t batch_ = 0;
   index_t kv_head_ = 0;
   sequence_span span_{};
-  logit_perturbation perturbation_{};
+  head_perturbation perturbation_{};
   bool keeps_ = false;  // whether kept_ holds the logits of the block
   index_t most_kept_ = 0;
   float* kept_ = nullptr;

@@ -86,7 +86,7 @@ struct anticipation_memory {
     const index_t rows = used_blocks(options, layer) * options.horizon;
     const index_t batch = layer.key.extent(0);
     const index_t copies = batch * layer.key.extent(1) * options.horizon * layer.key.extent(3);
-    query = space.take<T>(batch * layer.query.extent(1) * rows * layer.key.extent(3));
+    query = space.take<T>(batch, layer.query.extent(1), rows, layer.key.extent(3));
     key = space.take<T>(copies);
     value = space.take<T>(copies);
     keys = space.take<tensor_view<const T, 4>>(layer.key.chunks() + 1);

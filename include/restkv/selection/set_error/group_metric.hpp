@@ -52,7 +52,7 @@ class group_metric {
                            ll(kept_heads));
     }
     const bool projected = projection.data != nullptr;
-    if (projected) RESTKV_RETURN_IF_FAILED(check_projection_width(projection.extent(1), query_heads, head_dim));
+    if (projected) RESTKV_RETURN_IF_FAILED(check_projection_width(projection, query_heads, head_dim));
     const index_t group = query_heads / kept_heads;
     const index_t width = detail::padded_set_lanes(head_dim);
     const index_t matrix = head_dim * width;

@@ -88,17 +88,17 @@ struct exchange_memory {
     trial = space.take<exchange_state>(entries);
     counts = space.take<index_t>(sizes.kept_heads);
     lengths = space.take<index_t>(sizes.kept_heads);
-    values = space.take<float>(entries * width);
-    squares = space.take<float>(entries * sizes.pairs());
-    shares = space.take<float>(heads * sizes.capacity * lanes);
+    values = space.take<float>(entries, width);
+    squares = space.take<float>(entries, sizes.pairs());
+    shares = space.take<float>(heads, sizes.capacity, lanes);
     noise = space.take<double>(entries);
     gains = space.take<double>(entries);
-    full = space.take<double>(heads * width * lanes);
-    pulls = space.take<float>(heads * width * lanes);
-    pull_products = space.take<float>(heads * lanes);
-    coefficients = space.take<float>(heads * lanes);
-    pair_pulls = space.take<float>(sizes.kept_heads * sizes.pairs() * width * lanes);
-    pair_squares = space.take<float>(sizes.kept_heads * sizes.pairs() * lanes);
+    full = space.take<double>(heads, width, lanes);
+    pulls = space.take<float>(heads, width, lanes);
+    pull_products = space.take<float>(heads, lanes);
+    coefficients = space.take<float>(heads, lanes);
+    pair_pulls = space.take<float>(sizes.kept_heads, sizes.pairs(), width, lanes);
+    pair_squares = space.take<float>(sizes.kept_heads, sizes.pairs(), lanes);
     weights = space.take<float>(lanes);
     noise_weights = space.take<float>(lanes);
     squares_of_rows = space.take<double>(sizes.hidden);
@@ -108,24 +108,24 @@ struct exchange_memory {
     projection_rows = space.take<float>((sizes.hidden + set_tile - 1) / set_tile * heads * sizes.shape.head_dim +
                                         heads * set_tile * width);
     products =
-        space.take<float>(sizes.kept_heads * (sizes.group() + sizes.pairs()) * set_tile * std::max(lanes, width));
-    head_sums = space.take<double>(heads * width * lanes);
+        space.take<float>(sizes.kept_heads, sizes.group() + sizes.pairs(), set_tile, std::max(lanes, width));
+    head_sums = space.take<double>(heads, width, lanes);
     buffers = space.take<window_buffers>(heads);
     for (index_t h = 0; h < heads; ++h) {
       window_buffers made;
-      made.queries = space.take<float>(width * lanes);
-      made.rows = space.take<float>(set_tile * width);
-      made.shares = space.take<float>(set_tile * lanes);
-      made.sums = space.take<float>(width * lanes);
+      made.queries = space.take<float>(width, lanes);
+      made.rows = space.take<float>(set_tile, width);
+      made.shares = space.take<float>(set_tile, lanes);
+      made.sums = space.take<float>(width, lanes);
       made.largest = space.take<float>(lanes);
       made.total = space.take<double>(lanes);
       if (buffers != nullptr && space.check().ok()) buffers[h] = made;
     }
     for (set_outputs* outputs : {&now, &next}) {
-      outputs->mass = space.take<double>(heads * lanes);
-      outputs->output = space.take<float>(heads * width * lanes);
-      outputs->change = space.take<float>(heads * width * lanes);
-      outputs->error = space.take<float>(sizes.hidden * lanes);
+      outputs->mass = space.take<double>(heads, lanes);
+      outputs->output = space.take<float>(heads, width, lanes);
+      outputs->change = space.take<float>(heads, width, lanes);
+      outputs->error = space.take<float>(sizes.hidden, lanes);
     }
   }
 };

@@ -333,7 +333,8 @@ requires tensor_backend<std::remove_cvref_t<Reference>>
           const auto past = static_cast<std::size_t>(request.past_of(span.length));
           const std::size_t first = row * static_cast<std::size_t>(expected.tokens);
           // A drift that rounds to another window is no mistake: the window is that of `mine`, where it shows it.
-          const row_context context{is_backend ? given.drift[row] : expected.drift[row]};
+          const row_context context{.drift = is_backend ? given.drift[row] : expected.drift[row],
+                                    .sequence = static_cast<index_t>(row) / expected.heads};
           detail::smooth_errors(fitted, of_mine, context, std::span(expected.score).subspan(first, past),
                                 std::span<const double>(bounds.error).subspan(first, past),
                                 std::span(smoothed).subspan(first, past),
