@@ -504,6 +504,22 @@ def test_policies_that_look_at_every_query(small) -> None:
         RestKVCache(STANDARD, small).evict(STANDARD.replace(window=100))
 
 
+def test_segments_are_those_of_a_whole_prompt(small) -> None:
+    policy = STANDARD.replace(spatial="segments")
+    for when in ("prefill", "decode"):
+        with pytest.raises(restkv.Error, match=f"'{when}', 'manual' is needed"):
+            RestKVCache(policy, small, when=when)
+        with pytest.raises(restkv.Error, match="'manual' is needed"):
+            RestKVCache(STANDARD, small, when=when).policy = policy
+    caches = []
+    for chosen in (policy, policy.replace(share=1.0), STANDARD.replace(spatial="none")):
+        cache = RestKVCache(None, small, when="manual", window=8)
+        small(prompt(1, 60), past_key_values=cache)
+        caches.append(cache.evict(chosen).kept(0)[0])
+    assert all(torch.equal(a, b) for a, b in zip(caches[1], caches[2], strict=True))
+    assert not all(len(a) == len(b) and torch.equal(a, b) for a, b in zip(caches[0], caches[2], strict=True))
+
+
 def test_selection_is_the_librarys(small) -> None:
     """The cache hands over the tensors that `restkv.select` should see: recorded from the model by a hook."""
     ids = prompt(1, 64)

@@ -69,6 +69,7 @@ class RestKVCache(Cache):
             raise restkv.Error(f"layout is {layout!r}: 'auto', 'padded' or 'ragged' is needed")
         if slack < 1:
             raise restkv.Error(f"slack is {slack}, at least 1 is needed")
+        check_when(policy, when)
         self.settings = Settings(policy, when, slack, queries_kept(policy, window), layout, padding, threads)
         if model is None:
             super().__init__(layer_class_to_replicate=self.make_layer)  # type: ignore[arg-type]
@@ -102,6 +103,7 @@ class RestKVCache(Cache):
     def policy(self, policy: restkv.Policy | None) -> None:
         if policy is not None:
             self.check_queries(policy)
+        check_when(policy, self.settings.when)
         self.settings.policy = policy
 
     def check_queries(self, policy: restkv.Policy) -> None:
@@ -252,6 +254,12 @@ class RestKVCache(Cache):
         width = layer.seen + tokens
         begins = layer.seen - layer.next_position
         return (torch.arange(width, device=begins.device) >= begins[:, None]).long()
+
+
+def check_when(policy: restkv.Policy | None, when: str) -> None:
+    """Raises `restkv.Error` for a policy that can act once only where it would act again."""
+    if policy is not None and when != "manual" and policy.keys()["spatial"] == "segments":
+        raise restkv.Error(f"segments are those of a whole prompt: when is {when!r}, 'manual' is needed")
 
 
 def queries_kept(policy: restkv.Policy | None, window: int | Literal["all"] | None) -> int | None:
