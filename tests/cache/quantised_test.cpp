@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "cache/cache_support.hpp"
+#include "support/quantised_recipe.hpp"
 
 #include <restkv/cache/quantise.hpp>
 #include <restkv/cache/quantised_gather.hpp>
@@ -22,25 +23,8 @@ using restkv::status;
 
 namespace {
 
-struct recipe {
-  index_t batch = 1, heads = 1, tokens = 0, channels = 0, tokens_per_group = 1, channels_per_group = 1;
-  code_format format{};
-  quantisation_kind kind = quantisation_kind::symmetric;
-
-  [[nodiscard]] static index_t groups(index_t count, index_t of) { return (count + of - 1) / of; }
-  [[nodiscard]] std::array<index_t, 4> codes() const {
-    const bool along_channels = format.packed == cache_axis::channels;
-    const index_t count = 8 / format.bits;
-    return {batch, heads, along_channels ? tokens : groups(tokens, count),
-            along_channels ? groups(channels, count) : channels};
-  }
-  [[nodiscard]] std::array<index_t, 4> parameters() const {
-    return {batch, heads, groups(tokens, tokens_per_group), groups(channels, channels_per_group)};
-  }
-};
-
-recipe random_recipe(random_engine& random, index_t heads) {
-  recipe made;
+quantised_recipe random_recipe(random_engine& random, index_t heads) {
+  quantised_recipe made;
   made.batch = pick(random, 0, 2);
   made.heads = heads;
   made.tokens = chance(random, 10) ? pick(random, 0, 1) : pick(random, 2, 30);
@@ -59,34 +43,25 @@ recipe random_recipe(random_engine& random, index_t heads) {
 /// A quantised cache with its memory.
 template <class Scale>
 struct quantised_memory {
-  recipe how;
+  quantised_recipe how;
   guarded_tensor<std::uint8_t, 4> codes;
   guarded_tensor<Scale, 4> scale, second;
 
-  quantised_memory(random_engine& random, const recipe& made)
+  quantised_memory(random_engine& random, const quantised_recipe& made)
       : how(made),
         codes(random, made.codes(), {.reversed_axes = chance(random, 30), .gaps = true}),
         scale(random, made.parameters(), {.reversed_axes = chance(random, 30)}),
         second(random, made.parameters(), {.gaps = chance(random, 50)}) {}
 
   [[nodiscard]] quantised_view<Scale> view() const {
-    quantised_view<Scale> made{.codes = codes.view(),
-                               .scale = scale.view(),
-                               .tokens = how.tokens,
-                               .channels = how.channels,
-                               .tokens_per_group = how.tokens_per_group,
-                               .channels_per_group = how.channels_per_group,
-                               .format = how.format};
-    if (how.kind == quantisation_kind::zero) made.zero = second.view();
-    if (how.kind == quantisation_kind::offset) made.offset = second.view();
-    return made;
+    return quantised_view_of<Scale>(how, codes.view(), scale.view(), second.view());
   }
   [[nodiscard]] quantised_view<const Scale> read() const { return view(); }
 };
 
 /// Visits every number of a cache.
 template <class Visit>
-void each(const recipe& how, const Visit& visit) {
+void each(const quantised_recipe& how, const Visit& visit) {
   for (index_t b = 0; b < how.batch; ++b) {
     for (index_t h = 0; h < how.heads; ++h) {
       for (index_t n = 0; n < how.tokens; ++n) {
@@ -116,7 +91,7 @@ double rounding(double number) {
 }
 
 template <class T>
-void fill(random_engine& random, const tensor_view<T, 4>& tensor, const recipe& how) {
+void fill(random_engine& random, const tensor_view<T, 4>& tensor, const quantised_recipe& how) {
   const double scale = std::pow(10.0, static_cast<double>(pick(random, -3, 3)));
   const double shift = chance(random, 50) ? 0 : scale * static_cast<double>(pick(random, -4, 4));
   each(how, [&](index_t b, index_t h, index_t n, index_t c) {
@@ -130,7 +105,7 @@ TEMPLATE_TEST_CASE("quantised numbers are the nearest codes of their group's ran
   using Scale = TestType;
   random_engine random(31 + sizeof(Scale));
   for (int trial = 0; trial < 150; ++trial) {
-    const recipe how = random_recipe(random, pick(random, 1, 2));
+    const quantised_recipe how = random_recipe(random, pick(random, 1, 2));
     const quantised_memory<Scale> memory(random, how);
     const guarded_tensor<float, 4> numbers(random, {how.batch, how.heads, how.tokens, how.channels}, {.gaps = true});
     fill(random, numbers.view(), how);
@@ -282,14 +257,14 @@ TEMPLATE_TEST_CASE("kept tokens of quantised caches keep their numbers", "", flo
   for (int trial = 0; trial < 250; ++trial) {
     const index_t kv_heads = pick(random, 1, 3);
     const index_t group = chance(random, 30) ? 2 : 1;
-    const recipe how = random_recipe(random, kv_heads);
+    const quantised_recipe how = random_recipe(random, kv_heads);
     const quantised_memory<Scale> memory(random, how);
     const guarded_tensor<float, 4> numbers(random, {how.batch, how.heads, how.tokens, how.channels}, {});
     fill(random, numbers.view(), how);
     REQUIRE(quantise(numbers.read(), memory.view()).ok());
     const random_kept made(random, how.batch, group * kv_heads, how.tokens, how.tokens);
     const auto kept = made.read();
-    recipe smaller = how;
+    quantised_recipe smaller = how;
     smaller.heads = group * kv_heads;
     smaller.tokens = 0;
     for (index_t b = 0; b < how.batch; ++b) {
@@ -355,13 +330,13 @@ TEMPLATE_TEST_CASE("kept tokens of quantised caches keep their numbers", "", flo
 
 TEST_CASE("a range of tokens, and a whole cache in a workspace") {
   random_engine random(51);
-  const recipe how{.batch = 2,
-                   .heads = 2,
-                   .tokens = 21,
-                   .channels = 6,
-                   .tokens_per_group = 4,
-                   .format = {.bits = 4, .is_signed = false, .packed = cache_axis::tokens},
-                   .kind = quantisation_kind::offset};
+  const quantised_recipe how{.batch = 2,
+                             .heads = 2,
+                             .tokens = 21,
+                             .channels = 6,
+                             .tokens_per_group = 4,
+                             .format = {.bits = 4, .is_signed = false, .packed = cache_axis::tokens},
+                             .kind = quantisation_kind::offset};
   const quantised_memory<half> memory(random, how);
   const guarded_tensor<float, 4> numbers(random, {2, 2, 21, 6}, {});
   fill(random, numbers.view(), how);
@@ -390,13 +365,13 @@ TEST_CASE("a range of tokens, and a whole cache in a workspace") {
 
 TEST_CASE("damaged parameters damage their own group alone") {
   random_engine random(57);
-  const recipe how{.batch = 1,
-                   .heads = 1,
-                   .tokens = 12,
-                   .channels = 2,
-                   .tokens_per_group = 4,
-                   .format = {.bits = 4, .is_signed = false},
-                   .kind = quantisation_kind::offset};
+  const quantised_recipe how{.batch = 1,
+                             .heads = 1,
+                             .tokens = 12,
+                             .channels = 2,
+                             .tokens_per_group = 4,
+                             .format = {.bits = 4, .is_signed = false},
+                             .kind = quantisation_kind::offset};
   for (const float damage : {std::numeric_limits<float>::quiet_NaN(), std::numeric_limits<float>::infinity()}) {
     const quantised_memory<float> memory(random, how);
     const guarded_tensor<float, 4> numbers(random, {1, 1, 12, 2}, {});
@@ -418,14 +393,14 @@ TEST_CASE("damaged parameters damage their own group alone") {
 
 TEST_CASE("quantised caches that do not fit are refused, with nothing written") {
   random_engine random(61);
-  const recipe how{.batch = 1,
-                   .heads = 2,
-                   .tokens = 10,
-                   .channels = 6,
-                   .tokens_per_group = 4,
-                   .channels_per_group = 3,
-                   .format = {.bits = 4},
-                   .kind = quantisation_kind::zero};
+  const quantised_recipe how{.batch = 1,
+                             .heads = 2,
+                             .tokens = 10,
+                             .channels = 6,
+                             .tokens_per_group = 4,
+                             .channels_per_group = 3,
+                             .format = {.bits = 4},
+                             .kind = quantisation_kind::zero};
   const quantised_memory<float> memory(random, how), out(random, how);
   const guarded_tensor<float, 4> numbers(random, {1, 2, 10, 6}, {});
   fill(random, numbers.view(), how);

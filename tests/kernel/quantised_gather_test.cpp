@@ -17,7 +17,7 @@ namespace {
 template <class Scale>
 void check_quantised(index_t turn) {
   random_engine random(static_cast<unsigned>(turn + 1));
-  const quantised_recipe how(random, turn);
+  const quantised_recipe how = random_recipe(random, turn);
   const index_t group = pick(random, 1, 2);
   quantised_recipe of_out = how;
   of_out.heads = how.heads * group;
@@ -94,7 +94,7 @@ TEST_CASE("Kernels gather and compact quantised caches as the library does", "[k
 
 TEST_CASE("Kernels refuse quantised caches in the CPU's words", "[kernel]") {
   random_engine random(9);
-  quantised_recipe how(random, 20);  // 2 bits, groups of 3 tokens
+  quantised_recipe how = random_recipe(random, 20);  // 2 bits, groups of 3 tokens
   how.batch = how.heads = 2;
   how.tokens = 24;
   how.channels = how.channels_per_group = 8;

@@ -29,7 +29,7 @@ static_assert(bounding_backend<coded_backend<float>, score_request<rest_kv, mean
 using tested_policy = eviction_policy<rest_kv, mean_variance, any_spatial, uniform>;
 
 quantised_recipe cache_of(random_engine& random, const layer_recipe& layer, index_t turn) {
-  quantised_recipe how(random, turn);
+  quantised_recipe how = random_recipe(random, turn);
   how.batch = layer.batch;
   how.heads = layer.kv_heads;
   how.tokens = layer.tokens;

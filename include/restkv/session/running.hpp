@@ -3,6 +3,7 @@
 /// Running scores: what a token was worth to every query so far, kept in one number. The concept, and its models.
 #pragma once
 
+#include <restkv/core/larger.hpp>
 #include <restkv/core/status.hpp>
 #include <restkv/score/head_score.hpp>
 
@@ -80,7 +81,7 @@ struct running_maximum {
   ///@{
   /// See `running_score`.
   [[nodiscard]] RESTKV_HD double fold(double running, double value, index_t observers) const noexcept {
-    return observers == 0 || value > running || value != value ? value : running;
+    return observers == 0 ? value : detail::larger(running, value);
   }
   [[nodiscard]] RESTKV_HD double score(double running, index_t) const noexcept { return running; }
   ///@}

@@ -35,8 +35,9 @@ void add_links_of_head(const head_view<T>& head, double weight, std::span<double
   std::fill(mean.begin(), mean.end(), 0.0);
   for (index_t n = 0; n < head.length(); ++n) {
     head.key(n, current);
-    for (std::size_t c = 0; c < channels; ++c) mean[c] += current[c] / static_cast<double>(head.length());
+    for (std::size_t c = 0; c < channels; ++c) mean[c] += current[c];
   }
+  for (double& channel : mean) channel /= static_cast<double>(head.length());
   double norm_before = 0;
   for (index_t n = 0; n < head.length(); ++n) {
     head.key(n, current);

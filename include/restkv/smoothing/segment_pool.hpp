@@ -42,8 +42,7 @@ struct segment_pool {
     if (part != 0 && begins(row.sequence, part) == 0) return;
     Real largest = in[static_cast<std::size_t>(part)];
     for (index_t n = part; n < length && (n == part || begins(row.sequence, n) == 0); ++n) {
-      const Real value = in[static_cast<std::size_t>(n)];
-      largest = value > largest || value != value ? value : largest;
+      largest = detail::larger(largest, in[static_cast<std::size_t>(n)]);
       out[static_cast<std::size_t>(n)] = largest;
     }
   }

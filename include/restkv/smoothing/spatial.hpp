@@ -5,6 +5,7 @@
 /// A NaN spreads to the outputs whose window contains it, and no further.
 #pragma once
 
+#include <restkv/core/larger.hpp>
 #include <restkv/core/status.hpp>
 
 #include <algorithm>
@@ -177,10 +178,7 @@ namespace detail {
 template <std::floating_point Real>
 [[nodiscard]] RESTKV_HD Real largest_of(std::span<const Real> in, index_t first, index_t last) noexcept {
   Real largest = in[static_cast<std::size_t>(first)];
-  for (index_t i = first; i <= last; ++i) {
-    const Real value = in[static_cast<std::size_t>(i)];
-    largest = value > largest || value != value ? value : largest;
-  }
+  for (index_t i = first; i <= last; ++i) largest = larger(largest, in[static_cast<std::size_t>(i)]);
   return largest;
 }
 

@@ -3,6 +3,7 @@
 /// Temporal smoothing: from one row per window query to one row. The concept, and its models.
 #pragma once
 
+#include <restkv/core/larger.hpp>
 #include <restkv/core/status.hpp>
 
 #include <cmath>
@@ -150,7 +151,7 @@ struct maximum {
 
   template <std::floating_point Real>
   [[nodiscard]] RESTKV_HD constexpr Real fold(Real running, Real value, bool first) const noexcept {
-    return first || value > running || value != value ? value : running;
+    return first ? value : detail::larger(running, value);
   }
   template <std::floating_point Real>
   [[nodiscard]] RESTKV_HD constexpr Real operator()(std::span<const Real> rows) const noexcept {
